@@ -1,0 +1,97 @@
+"""Image sources: scikit-learn's handwritten digits, and folders of image files."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from vfm.data.records import SPLITS, CorruptRecord, check_split, class_files
+from vfm.errors import unknown
+
+MODES = ("RGB", "L")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+class Digits:
+    """The 1,797 handwritten digits that ship with scikit-learn.
+
+    Item: image float32[8, 8, 1] in [0, 1], label int. Splits are about 70/10/20 % by a seeded permutation.
+    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998 (its test part).
+    """
+
+    def __init__(self, split: str, seed: int = 0):
+        from sklearn.datasets import load_digits
+
+        check_split(split, SPLITS, "source 'digits'")
+        data = load_digits()
+        order = np.random.default_rng(seed).permutation(len(data.target))
+        first, second = round(0.7 * len(order)), round(0.8 * len(order))
+        rows = {"train": order[:first], "validation": order[first:second], "test": order[second:]}[split]
+        self.rows = rows  # positions in load_digits(), for those who want to check that splits are disjoint
+        self.images = (data.images[rows, :, :, None] / 16.0).astype(np.float32)
+        self.labels = data.target[rows].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+
+class ImageFolder:
+    """Image files in class sub-folders: dir/<split>/<class>/<file>, or dir/<class>/<file> with `fractions`.
+
+    mode: "RGB" (C=3) or "L" (grey, C=1). size: (H, W) to resize to, bilinear; () keeps each file's own size.
+    fractions: {split: share}, to split by the hash of the path. classes: class names in label order.
+    Item: image float32[H, W, C] in [0, 1], label int. A file that cannot be decoded raises CorruptRecord.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        dir: str,
+        mode: str = "RGB",
+        size: tuple[int, ...] = (),
+        classes: tuple[str, ...] = (),
+        fractions: Mapping[str, float] | None = None,
+    ):
+        if mode not in MODES:
+            raise unknown("image mode", mode, MODES, where="source 'image_folder'")
+        self.mode, self.size = mode, tuple(size)
+        self.paths, self.labels, self.class_names = class_files(
+            "source 'image_folder'", dir, split, EXTENSIONS, classes, fractions
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict:
+        from PIL import Image
+
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                array = image_array(image, self.mode, self.size)
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            EOFError,
+        ) as error:  # PIL raises any of them for damaged files
+            raise CorruptRecord(f"image file {str(path)!r} cannot be read: {error}") from error
+        return {"image": array, "label": int(self.labels[index])}
+
+
+def image_array(image, mode: str, size: tuple[int, ...]) -> np.ndarray:
+    """float32[H, W, C] in [0, 1] of a PIL image; 16-bit greys keep their depth."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion to 8 bits would clip it
+        image = Image.fromarray(np.asarray(image).astype(np.float32) / 65535.0, mode="F")
+        scale = 1.0
+    else:
+        image, scale = image.convert(mode), 255.0
+    if size:
+        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    array = np.asarray(image, np.float32) / scale
+    array = array[..., None] if array.ndim == 2 else array
+    return np.repeat(array, 3, axis=-1) if mode == "RGB" and array.shape[-1] == 1 else array

@@ -1,0 +1,69 @@
+"""Several data sets in fixed proportions."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from vfm.errors import UserError, unknown
+
+
+class Mixture:
+    """A weighted mixture: over one epoch each data set has its exact share, evenly interleaved.
+
+    datasets: {name: dataset config}; weights: {name: relative weight}, of rows.
+    The epoch is the shortest in which every row of every data set appears: data sets that are smaller than
+    their share repeat from their start. Counts are exact (largest remainder), and so, to about one row,
+    are those of any run of indices. Rows get the fields that another data set has (`segment_ids` 1 and
+    `positions` from 0 where it does not pack, `label` -1 where it has none), so that all rows have the same
+    structure.
+    Raises UserError when datasets and weights do not name the same things, or a weight is not positive.
+    """
+
+    def __init__(
+        self, datasets: Mapping[str, Mapping], weights: Mapping[str, float], *, split: str, layout, tokenizer
+    ):
+        from vfm.data import build  # here, for the table of data sets holds this class
+
+        for name in weights:
+            if name not in datasets:
+                raise unknown("dataset", name, datasets, where="`weights` of the mixture")
+        missing = sorted(set(datasets) - set(weights))
+        if missing or not datasets or min(weights.values()) <= 0:
+            raise UserError(
+                f"dataset 'mixture': each data set needs a positive weight, found {dict(weights)} for "
+                f"{', '.join(datasets) or 'no data sets'}"
+            )
+        self.datasets = [build(cfg, split, layout=layout, tokenizer=tokenizer) for cfg in datasets.values()]
+        self.keys = frozenset().union(*(child.keys for child in self.datasets))
+        share = np.array([weights[name] for name in datasets], np.float64)
+        share /= share.sum()
+        sizes = np.array([len(child) for child in self.datasets])
+        counts = _round(share * np.ceil((sizes / share).max() - 1e-9))
+        counts = np.maximum(counts, 1)
+        # Row j of a data set with c rows stands at (j + 1/2) / c: even spacing, merged by a stable sort.
+        at = np.concatenate([(np.arange(c) + 0.5) / c for c in counts])
+        order = np.argsort(at, kind="stable")
+        self.child = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+        self.row = np.concatenate([np.arange(c) % size for c, size in zip(counts, sizes)])[order]
+
+    def __len__(self) -> int:
+        return len(self.child)
+
+    def example(self, index: int, rng: np.random.Generator) -> dict:
+        """Row `index` of the schedule."""
+        row = self.datasets[self.child[index]].example(int(self.row[index]), rng)
+        real = row["input_mask"].astype(np.int32)
+        fill = {
+            "segment_ids": lambda: real,
+            "positions": lambda: np.arange(len(real), dtype=np.int32) * real,
+            "label": lambda: np.asarray(-1, np.int32),
+        }
+        return row | {key: fill[key]() for key in self.keys if key not in row}
+
+
+def _round(counts: np.ndarray) -> np.ndarray:
+    """Whole numbers with the same sum, by the largest remainder."""
+    whole = np.floor(counts + 1e-9).astype(np.int64)
+    rest = int(round(counts.sum())) - int(whole.sum())
+    whole[np.argsort(-(counts - whole), kind="stable")[:rest]] += 1
+    return whole
