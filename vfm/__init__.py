@@ -1,0 +1,1 @@
+"""Vertical foundation models from scratch: five blocks, any modalities, any modality as the centre."""

@@ -1,0 +1,22 @@
+"""Modality encoders ME: raw data of one modality -> its features.
+
+An encoder declares `item_shape` (the shape of one raw item), `num_tokens` (features per item) and `width`, and is called
+as `encoder(items [B, *item_shape], train=...) -> (features float[B, num_tokens, width], out)`. All fields have defaults.
+"""
+
+from vfm.errors import UserError
+
+
+def check_item(encoder, items) -> None:
+    """Refuses items whose shape is not the encoder's `item_shape`."""
+    if tuple(items.shape[1:]) != tuple(encoder.item_shape):
+        raise UserError(f"{type(encoder).__name__} takes items of shape {tuple(encoder.item_shape)}, "
+                        f"not {tuple(items.shape[1:])} (batch of shape {tuple(items.shape)})")
+
+
+from vfm.encoders.audio import AudioTransformer  # noqa: E402
+from vfm.encoders.text import TextEncoder  # noqa: E402
+from vfm.encoders.vector import VectorEncoder  # noqa: E402
+from vfm.encoders.vit import ViT  # noqa: E402
+
+ENCODERS = {"text": TextEncoder, "vit": ViT, "audio": AudioTransformer, "vector": VectorEncoder}

@@ -1,0 +1,51 @@
+"""The feed-forward layer, plain or gated."""
+
+import flax.linen as nn
+import jax
+
+from vfm.errors import unknown
+from vfm.sharding import constrain
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+# The residual branch starts small, so that the variance of a deep stack stays near that of its input.
+def residual_init(depth: int) -> nn.initializers.Initializer:
+    """Fan-in initialiser scaled by 1 / (2 depth), for the last kernel of a residual branch (GPT-2)."""
+    return nn.initializers.variance_scaling(1.0 / (2 * max(depth, 1)), "fan_in", "truncated_normal")
+
+
+class MLP(nn.Module):
+    """Feed-forward layer, float[..., D] -> float[..., D].
+
+    Plain: down(act(up(x))) (Vaswani et al. 2017). Gated: down(act(gate(x)) * up(x)); with `silu` this is SwiGLU
+    (Shazeer 2020). `depth` is the depth of the residual stack that the layer stands in, for its initialisation.
+    """
+
+    mlp_dim: int = 64
+    activation: str = "gelu_tanh"
+    gated: bool = False
+    use_bias: bool = True
+    dropout: float = 0.0
+    depth: int = 1
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if self.activation not in ACTIVATIONS:
+            raise unknown("activation", self.activation, ACTIVATIONS)
+        act = ACTIVATIONS[self.activation]
+        D = x.shape[-1]
+        h = nn.Dense(self.mlp_dim, use_bias=self.use_bias, dtype=self.dtype, name="up")(x)
+        if self.gated:
+            h = h * act(nn.Dense(self.mlp_dim, use_bias=self.use_bias, dtype=self.dtype, name="gate")(x))
+        else:
+            h = act(h)
+        h = constrain(h, "batch", "length", "mlp")
+        h = nn.Dropout(self.dropout, name="dropout")(h, deterministic=not train)
+        return nn.Dense(D, use_bias=self.use_bias, dtype=self.dtype, kernel_init=residual_init(self.depth),
+                        name="down")(h)

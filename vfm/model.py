@@ -1,0 +1,284 @@
+"""The five blocks wired into one model: encoder -> input projector -> backbone -> output projector -> decoder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from vfm.backbones import BACKBONES
+from vfm.data.interleave import Layout, Modality
+from vfm.decoders import DECODERS
+from vfm.encoders import ENCODERS
+from vfm.errors import UserError, unknown
+from vfm.input_projectors import INPUT_PROJECTORS
+from vfm.output_projectors import OUTPUT_PROJECTORS
+from vfm.sharding import constrain
+
+# The arguments of `VFM.__call__` that a batch may hold.
+INPUTS = ("tokens", "inputs", "starts", "signal_starts", "input_mask", "segment_ids", "positions")
+
+
+class VFM(nn.Module):
+    """A vertical foundation model over any modalities, one of which is the centre (survey equations 1 to 5).
+
+    F_X = ME_X(D_X); F_C = IP_{X->C}(F_X); F̂_C = BC(F_C); F̂_X = OP_{C->X}(F̂_C); D̂_X = MD_X(F̂_X). The centre has no
+    projectors, so a single-modality model is this class with empty projector mappings. Parameter roots are the blocks:
+    encoders_X, input_projectors_X, backbone, output_projectors_X, decoders_X; and `signals_X` float[K, D], the learned
+    inputs of the K sequence slots from which an item of X is generated (the signal tokens of NExT-GPT).
+
+    Args of the call (B rows, T sequence positions, N items of a modality per row):
+      tokens: int32[B, T]; any value where no text stands. None: a model or a call without text.
+      inputs: {X: float[B, N, *item_shape]}.
+      starts: {X: int32[B, N]}, where the features of each item begin in the sequence; -1: the item is not an input.
+      signal_starts: {X: int32[B, N]}, where the signal slots of each item begin; -1: the item is not generated.
+      input_mask: bool[B, T], False at padding. segment_ids, positions: int32[B, T], for packed rows.
+      cache: the backbone's cache, for generation token by token.
+
+    Returns (logits, out). logits: float[B, T, V] of the text decoder, None without one. out["backbone"] is the backbone's
+    dict; out[X] has features float[B, N, P, W] = ME(item), predicted float[B, N, P, W] = OP(hidden states of the
+    signals), decoded and reconstructed float[B, N, *item_shape] = MD(predicted) and MD(features), where blocks exist.
+    """
+
+    centre: str
+    encoders: Mapping[str, nn.Module]
+    input_projectors: Mapping[str, nn.Module]
+    backbone: nn.Module
+    output_projectors: Mapping[str, nn.Module]
+    decoders: Mapping[str, nn.Module]
+
+    def setup(self):
+        self.signals = {
+            name: self.param(f"signals_{name}", nn.initializers.normal(self.backbone.width**-0.5), (count, self.backbone.width))
+            for name in modalities(self) if (count := num_signals(self, name))
+        }
+
+    def __call__(self, tokens=None, *, inputs=None, starts=None, signal_starts=None, input_mask=None, segment_ids=None,
+                 positions=None, cache=None, train: bool):
+        inputs, starts, signal_starts = inputs or {}, starts or {}, signal_starts or {}
+        out: dict[str, Any] = {}
+        if tokens is not None and "text" in self.encoders:
+            x, _ = self.encoders["text"](tokens, train=train)
+            x = self._project_in("text", x, train)
+        else:
+            x = jnp.zeros((*input_mask.shape, self.backbone.width), jnp.dtype(self.backbone.dtype))
+        for name, items in inputs.items():
+            if name not in self.encoders:
+                continue  # a target only
+            B, N = items.shape[:2]
+            features, encoder_out = self.encoders[name](items.reshape(B * N, *items.shape[2:]), train=train)
+            out[name] = {"features": features.reshape(B, N, *features.shape[1:]), "encoder": encoder_out}
+            if name in self.decoders:
+                item, _ = self.decoders[name](features, train=train)
+                out[name]["reconstructed"] = item.reshape(B, N, *item.shape[1:])
+            if name in starts:
+                x = place(x, self._project_in(name, features, train), starts[name])
+        for name, at in signal_starts.items():
+            if name in self.signals:
+                signals = self.signals[name].astype(x.dtype)
+                x = place(x, signals[None].repeat(at.size, axis=0), at)
+        x = constrain(x, "batch", "length", "width")
+        x, out["backbone"] = self.backbone(
+            x, input_mask=input_mask, segment_ids=segment_ids, positions=positions, cache=cache, train=train)
+        for name, at in signal_starts.items():
+            if name in self.signals:
+                hidden = gather(x, at, self.signals[name].shape[0])
+                out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, train)}
+        logits = None
+        if "text" in self.decoders:
+            h = self._project_out("text", x, train)
+            extra = {"attend": self.encoders["text"].attend} if self.decoders["text"].tied else {}
+            logits, _ = self.decoders["text"](h, train=train, **extra)
+        return logits, out
+
+    def _project_in(self, name, features, train):
+        return self.input_projectors[name](features, train=train)[0] if name in self.input_projectors else features
+
+    def _project_out(self, name, hidden, train):
+        return self.output_projectors[name](hidden, train=train)[0] if name in self.output_projectors else hidden
+
+    def _generate(self, name, hidden, lead, train):
+        predicted = self._project_out(name, hidden, train)
+        out = {"predicted": predicted.reshape(*lead, *predicted.shape[1:])}
+        if name in self.decoders:
+            item, _ = self.decoders[name](predicted, train=train)
+            out["decoded"] = item.reshape(*lead, *item.shape[1:])
+        return out
+
+    def init_cache(self, batch_size: int, length: int):
+        """The backbone's empty cache for `length` tokens."""
+        return self.backbone.init_cache(batch_size, length)
+
+
+def place(x: jax.Array, features: jax.Array, starts: jax.Array) -> jax.Array:
+    """Writes features float[B·N, L, D] into x float[B, T, D], item n of row b from starts[b, n] on; none at -1."""
+    B, T, D = x.shape
+    index = _slots(starts, features.shape[1], T)
+    return jax.vmap(lambda row, i, f: row.at[i].set(f, mode="drop"))(
+        x, index, features.reshape(B, -1, D).astype(x.dtype))
+
+
+def gather(x: jax.Array, starts: jax.Array, count: int) -> jax.Array:
+    """The inverse of `place`: float[B·N, count, D] read from starts[b, n] on; zeros at -1."""
+    B, T, D = x.shape
+    index = _slots(starts, count, T)
+    rows = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(x, index)
+    return rows.reshape(-1, count, D)
+
+
+def _slots(starts, count, T):
+    """int32[B, N·count] sequence indices; T (outside, so that it is dropped) for items with start -1."""
+    index = starts[:, :, None] + jnp.arange(count)[None, None]
+    return jnp.where(starts[:, :, None] < 0, T, index).reshape(starts.shape[0], -1)
+
+
+def modalities(model: VFM) -> tuple[str, ...]:
+    """The modalities other than text that the model knows, sorted."""
+    return tuple(sorted(({*model.encoders, *model.decoders, *model.output_projectors}) - {"text"}))
+
+
+def num_signals(model: VFM, name: str) -> int:
+    """Sequence slots from which an item of a modality is generated; 0: the model cannot generate it."""
+    projector, decoder = model.output_projectors.get(name), model.decoders.get(name)
+    if projector is None and (name != model.centre or decoder is None):
+        return 0
+    own = getattr(projector, "num_signals", None)
+    return own or (decoder.num_tokens if decoder is not None else model.encoders[name].num_tokens)
+
+
+def layout(model: VFM, length: int, items: int = 1) -> Layout:
+    """What the data layer must know: sequence length, and shape and slots of every modality but text."""
+    table = {}
+    for name in modalities(model):
+        encoder, projector = model.encoders.get(name), model.input_projectors.get(name)
+        slots = (getattr(projector, "num_tokens", None) or encoder.num_tokens) if encoder is not None else 0
+        block = encoder if encoder is not None else model.decoders[name]
+        table[name] = Modality(tuple(block.item_shape), slots, num_signals(model, name), items)
+    return Layout(length, table)
+
+
+def example_batch(model: VFM, length: int, batch_size: int = 1) -> dict[str, Any]:
+    """A batch of zeros that reaches every parameter, as ShapeDtypeStructs: for initialisation and shape evaluation."""
+    shapes = layout(model, length).modalities
+    index = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
+    batch = {
+        "input_mask": jax.ShapeDtypeStruct((batch_size, length), bool),
+        "inputs": {name: jax.ShapeDtypeStruct((batch_size, 1, *m.item_shape), jnp.float32)
+                   for name, m in shapes.items() if name in model.encoders},
+        "starts": {name: index for name in shapes if name in model.encoders},
+        "signal_starts": {name: index for name in shapes},
+    }
+    if "text" in model.encoders:
+        batch["tokens"] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+    return batch
+
+
+def init(model: VFM, key: jax.Array, length: int) -> dict[str, Any]:
+    """All variables of the model. Pure: call it inside `jit` with `out_shardings`."""
+    batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), example_batch(model, length))
+    return model.init(key, **batch, train=False)
+
+
+_KINDS = (("encoders", ENCODERS), ("input_projectors", INPUT_PROJECTORS), ("output_projectors", OUTPUT_PROJECTORS),
+          ("decoders", DECODERS))
+
+
+def build(cfg: Mapping[str, Any]) -> VFM:
+    """The model of `config.model`: {centre, dtype, encoders: {X: {name, **fields}}, input_projectors, backbone, …}.
+
+    The projectors of the centre are left out, so that the centre can be changed by one field. Raises `UserError` for
+    unknown names and fields, and for a chain that does not fit, naming both blocks and both widths.
+    """
+    cfg = dict(cfg)
+    centre, dtype = cfg.pop("centre"), cfg.pop("dtype", "float32")
+    groups = {}
+    for kind, table in _KINDS:
+        blocks = dict(cfg.pop(kind, {}))
+        if kind.endswith("projectors"):
+            blocks.pop(centre, None)
+        # Frozen, so that the model is hashable and can be a static argument of jit.
+        groups[kind] = FrozenDict({name: build_block(table, block, f"model.{kind}.{name}", dtype)
+                                   for name, block in sorted(blocks.items()) if block})
+    backbone = build_block(BACKBONES, cfg.pop("backbone"), "model.backbone", dtype)
+    if cfg:
+        raise unknown("field", next(iter(cfg)), ["centre", "dtype", "backbone", *(k for k, _ in _KINDS)], "model")
+    model = VFM(centre, groups["encoders"], groups["input_projectors"], backbone, groups["output_projectors"],
+                groups["decoders"])
+    check(model)
+    return model
+
+
+def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, dtype: str = "float32") -> nn.Module:
+    """table[cfg.name](**rest of cfg); `UserError` names the known blocks or fields."""
+    fields = dict(cfg)
+    name = fields.pop("name", None)
+    if name not in table:
+        raise unknown("block", name, table, where)
+    known = [f for f in table[name].__dataclass_fields__ if f not in ("parent", "name")]
+    for field in fields:
+        if field not in known:
+            raise unknown("field", field, known, where)
+    return table[name](**{"dtype": dtype, **fields})
+
+
+def check(model: VFM) -> None:
+    """Refuses a chain of blocks that does not fit: `UserError` with both blocks and both sizes."""
+    if model.centre not in {*model.encoders, *model.decoders}:
+        raise UserError(f"model.centre={model.centre!r} has neither an encoder nor a decoder; modalities: "
+                        f"{', '.join(sorted({*model.encoders, *model.decoders}))}")
+
+    def fit(giver, gives, taker, takes, what="width"):
+        if gives is not None and takes is not None and gives != takes:
+            raise UserError(f"model: {giver} gives {what} {gives}, but {taker} takes {what} {takes}")
+
+    width = model.backbone.width
+    for name, encoder in model.encoders.items():
+        giver = f"encoders.{name} ({type(encoder).__name__})"
+        projector = model.input_projectors.get(name)
+        gives = encoder.width
+        if projector is not None:
+            taker = f"input_projectors.{name} ({type(projector).__name__})"
+            fit(giver, gives, taker, projector.in_width)
+            giver, gives = taker, projector.width
+        fit(giver, gives, f"backbone ({type(model.backbone).__name__})", width)
+    for name in (*model.output_projectors, *(n for n in model.decoders if n not in model.output_projectors)):
+        projector, decoder, encoder = (g.get(name) for g in (model.output_projectors, model.decoders, model.encoders))
+        giver, gives, tokens = f"backbone ({type(model.backbone).__name__})", width, None
+        if projector is not None:
+            taker = f"output_projectors.{name} ({type(projector).__name__})"
+            fit(giver, gives, taker, projector.in_width)
+            giver, gives, tokens = taker, projector.width, projector.num_tokens
+        elif name != model.centre:
+            raise UserError(f"model: decoders.{name} has no output projector, and {name} is not the centre "
+                            f"({model.centre}); add model.output_projectors.{name}")
+        if decoder is None and encoder is None:
+            raise UserError(f"model: {giver} has neither decoders.{name}, to generate items, nor encoders.{name}, to "
+                            "regress to its features; add one of them")
+        if decoder is not None:
+            taker = f"decoders.{name} ({type(decoder).__name__})"
+            fit(giver, gives, taker, decoder.in_width)
+            fit(giver, tokens, taker, decoder.num_tokens, "number of features")
+        if encoder is not None and name != "text":
+            # The projector regresses to the encoder's features, and the decoder takes both.
+            taker = f"encoders.{name} ({type(encoder).__name__}), its regression target,"
+            fit(giver, gives, taker, encoder.width)
+            fit(giver, tokens, taker, encoder.num_tokens, "number of features")
+            if decoder is not None:
+                fit(f"encoders.{name} ({type(encoder).__name__})", encoder.num_tokens,
+                    f"decoders.{name} ({type(decoder).__name__})", decoder.num_tokens, "number of features")
+                fit(f"decoders.{name} ({type(decoder).__name__})", tuple(decoder.item_shape or ()),
+                    f"encoders.{name} ({type(encoder).__name__})", tuple(encoder.item_shape), "items of shape")
+    for name in model.input_projectors:
+        if name not in model.encoders:
+            raise UserError(f"model: input_projectors.{name} has no encoder; add model.encoders.{name}")
+    tied = getattr(model.decoders.get("text"), "tied", False)
+    if tied and "text" not in model.encoders:
+        raise UserError("model: decoders.text is tied, but there is no encoders.text to share a table with")
+    if tied and not model.output_projectors.get("text"):
+        fit(f"backbone ({type(model.backbone).__name__})", width, "encoders.text, tied to decoders.text,",
+            model.encoders["text"].width)
+    if "text" in model.decoders and "text" in model.encoders and not tied:
+        fit("encoders.text", model.encoders["text"].vocab_size, "decoders.text", model.decoders["text"].vocab_size,
+            "a vocabulary of")
