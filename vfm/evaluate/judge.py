@@ -1,0 +1,31 @@
+"""An independent classifier, fitted on real data only, that judges generated data."""
+
+import numpy as np
+
+from vfm.errors import UserError
+
+
+class Judge:
+    """Support vector classifier with a radial kernel (scikit-learn), on flattened items.
+
+    `real_accuracy` is its accuracy on real held-out items: what it says of generated ones is worth no more than that.
+    """
+
+    def __init__(self, items: np.ndarray, labels: np.ndarray, *, C: float = 10.0):
+        from sklearn.svm import SVC
+
+        if len(np.unique(labels)) < 2:
+            raise UserError("the judge needs training items of at least two classes")
+        self._model = SVC(C=C, gamma="scale").fit(_flat(items), labels)
+
+    def accuracy(self, items: np.ndarray, labels: np.ndarray) -> float:
+        """The share of items float[n, ...] that are classified as their labels int[n]."""
+        return float(np.mean(self.predict(items) == labels))
+
+    def predict(self, items: np.ndarray) -> np.ndarray:
+        """int[n] classes of items float[n, ...]."""
+        return self._model.predict(_flat(items))
+
+
+def _flat(items: np.ndarray) -> np.ndarray:
+    return np.asarray(items, np.float64).reshape(len(items), -1)

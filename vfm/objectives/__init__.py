@@ -1,0 +1,49 @@
+"""Objectives: pure loss functions.
+
+`OBJECTIVES[name](model, **fields)` gives
+
+    loss_fn(params, variables, batch, rng, *, train) -> (terms, Aux)
+
+`terms` are the parts of the loss, {name: (weight, sum, count)}; the loss is the sum of weight · sum / count. Sums and
+counts, not means, so that the loss is exact under masks, gradient accumulation and many hosts. Counts must not depend
+on the parameters. `Aux.metrics` are {name: (sum, count)} as well; `Aux.variables` are the new values of what has no
+gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from vfm.errors import UserError, unknown
+from vfm.metrics import Metric
+
+Term = tuple[float, jax.Array, jax.Array]
+
+
+class Aux(NamedTuple):
+    """What a loss function returns beside the loss."""
+
+    metrics: Mapping[str, Metric]
+    variables: Mapping[str, Any]
+
+
+LossFn = Callable[..., tuple[Mapping[str, Term], Aux]]
+
+from vfm.objectives.any_to_any import any_to_any  # noqa: E402
+from vfm.objectives.next_token import next_token  # noqa: E402
+
+OBJECTIVES = {"any_to_any": any_to_any, "next_token": next_token}
+
+
+def build(cfg: Mapping[str, Any], model: nn.Module) -> LossFn:
+    """The loss function of `config.objective`: {name, **fields}; `UserError` for unknown names and fields."""
+    fields = dict(cfg)
+    name = fields.pop("name", None)
+    if name not in OBJECTIVES:
+        raise unknown("objective", name, OBJECTIVES, "config.objective")
+    try:
+        return OBJECTIVES[name](model, **fields)
+    except TypeError as error:
+        raise UserError(f"config.objective ({name}): {error}") from None
