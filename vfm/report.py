@@ -8,6 +8,7 @@ import json
 import math
 import re
 import textwrap
+import warnings
 import wave
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,8 +90,8 @@ class Report:
         self._keep(name, _sheet(rows, drawn, header))
         self._parts.append(_figure(_html_table(header, body), caption))
 
-    def write(self, workdir) -> Path:
-        """Writes figures/*.png, then report.html; each file atomically. Returns the path of the report.
+    def write(self, workdir, name: str = "report.html") -> Path:
+        """Writes figures/*.png, then the page; each file atomically. Returns the path of the page.
 
         Raises UserError when the workdir cannot be written or the disk is full.
         """
@@ -109,7 +110,7 @@ class Report:
             f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{parts}\n"
             "</body>\n</html>\n"
         )
-        path = Path(workdir) / "report.html"
+        path = Path(workdir) / name
         write_atomic(path, page.encode())
         return path
 
@@ -119,7 +120,10 @@ class Report:
         if name in self._figures:
             raise ValueError(f"there is a figure {name!r} already")
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=150, facecolor="white", bbox_inches="tight")
+        with warnings.catch_warnings():
+            # Generated text may hold any character; the font draws a box for those that it lacks.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(file, format="png", dpi=150, facecolor="white", bbox_inches="tight")
         self._figures[name] = file.getvalue()
         return self._figures[name]
 
@@ -214,7 +218,7 @@ def _image(png: bytes, description: str) -> str:
 
 def _sample_cell(cell: tuple, pixels) -> str:
     if cell[0] == "text":
-        return f'<td class="text">{html.escape(cell[1])}</td>'
+        return f'<td class="text">{html.escape(_printable(cell[1]))}</td>'
     image = _image(_png(pixels), cell[0])
     if cell[0] == "image":
         return f"<td>{image}</td>"
@@ -281,6 +285,11 @@ def _wav(audio, sample_rate: int) -> bytes:
     return file.getvalue()
 
 
+def _printable(text: str) -> str:
+    """Control characters, which a page cannot show, as the replacement character."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def _sheet(rows, drawn, header):
     """All samples on one figure."""
     from matplotlib.figure import Figure
@@ -294,7 +303,7 @@ def _sheet(rows, drawn, header):
             if i == 0 and header:
                 axes.set_title(header[j], fontsize=9)
             if cell[0] == "text":
-                lines = [part for line in cell[1].split("\n") for part in textwrap.wrap(line, 22) or [""]]
+                lines = [part for line in _printable(cell[1]).split("\n") for part in textwrap.wrap(line, 22) or [""]]
                 text = "\n".join(lines[:7]) + ("\n…" if len(lines) > 7 else "")
                 # A lone dollar sign must not start a formula.
                 axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=8, parse_math=False)

@@ -110,9 +110,14 @@ class AudioFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        audio, rate = read_wav(self.paths[index])
-        audio = resample(audio.mean(axis=1, dtype=np.float32), rate, self.sample_rate)
-        return {"audio": fit(audio, self.samples), "label": int(self.labels[index])}
+        audio = read_audio(self.paths[index], self.sample_rate, self.samples)
+        return {"audio": audio, "label": int(self.labels[index])}
+
+
+def read_audio(path: str | pathlib.Path, sample_rate: int, samples: int) -> np.ndarray:
+    """float32[samples] in [-1, 1] of a wav file: mono, at `sample_rate`, padded or cut (0: its own length)."""
+    audio, rate = read_wav(path)
+    return fit(resample(audio.mean(axis=1, dtype=np.float32), rate, sample_rate), samples)
 
 
 def fit(audio: np.ndarray, samples: int) -> np.ndarray:

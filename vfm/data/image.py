@@ -65,20 +65,18 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict:
-        from PIL import Image
+        return {"image": read_image(self.paths[index], self.mode, self.size), "label": int(self.labels[index])}
 
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                array = image_array(image, self.mode, self.size)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            EOFError,
-        ) as error:  # PIL raises any of them for damaged files
-            raise CorruptRecord(f"image file {str(path)!r} cannot be read: {error}") from error
-        return {"image": array, "label": int(self.labels[index])}
+
+def read_image(path, mode: str, size: tuple[int, ...]) -> np.ndarray:
+    """float32[H, W, C] in [0, 1] of an image file; one that cannot be decoded raises CorruptRecord."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image_array(image, mode, size)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:  # PIL raises any of them for damaged files
+        raise CorruptRecord(f"image file {str(path)!r} cannot be read: {error}") from error
 
 
 def image_array(image, mode: str, size: tuple[int, ...]) -> np.ndarray:

@@ -1,0 +1,47 @@
+"""Defaults of every config."""
+
+from ml_collections import ConfigDict
+
+from vfm.errors import unknown
+
+# Fields of every `data` section: worker processes (0: a thread), corrupt records (False: stop), folder of the data.
+DATA = {"workers": 0, "skip_corrupt": False, "dir": ""}
+
+
+def check_variant(arg: str, config: str, variants: tuple[str, ...]) -> None:
+    """Refuses `configs/NAME.py:ARG` for an ARG that the config does not have."""
+    if arg and arg not in variants:
+        raise unknown("variant", arg, variants, f"configs/{config}.py")
+
+
+def base() -> ConfigDict:
+    """Sections that all configs share; a config adds model, tokenizer, data and objective."""
+    return ConfigDict({
+        "title": "",
+        "seed": 0,
+        "mode": "train",
+        "allow_changed_config": False,
+        "train": {"steps": 1000, "batch_size": 64, "accumulate": 1, "ema": 0.0},
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 1e-3,
+            "schedule": {"name": "cosine", "warmup_steps": 100},
+            "clip_norm": 1.0,
+            "weight_decay": 0.01,
+        },
+        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "eval": {
+            "every": 500,
+            "split": "validation",
+            "limit": 256,
+            "test_split": "test",
+            "test_limit": 0,
+            "batch_size": 64,
+            "evaluators": (),
+            "judge_examples": 2000,
+            "checkpoint": "latest",
+        },
+        "checkpoint": {"every": 500, "keep": 2, "keep_best": 1, "best_metric": "loss", "best_mode": "min"},
+        "log": {"every": 20, "tensorboard": True},
+        "generate": {"task": "", "text": "", "files": "", "max_new": 32, "temperature": 0.0, "samples": 1},
+    })

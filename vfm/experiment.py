@@ -1,0 +1,151 @@
+"""What every mode of a run needs, built from its config."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vfm import data, metrics, objectives, sharding, tokenizers
+from vfm import model as model_lib
+from vfm.data import pipeline
+from vfm.errors import UserError, unknown
+from vfm.evaluate import EVALUATORS
+from vfm.train import step
+from vfm.train import state as state_lib
+from vfm.train.optimizer import build_optimizer
+
+
+class Experiment:
+    """What every mode needs, built from the config: mesh, tokenizer, model, data, objective, optimizer."""
+
+    def __init__(self, config):
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.rules = {**sharding.RULES, **config.get("sharding_rules", {})}
+        sharding.check_batch("train.batch_size", config.train.batch_size, config.train.accumulate, self.mesh, self.rules)
+        sharding.check_batch("eval.batch_size", config.eval.batch_size, 1, self.mesh, self.rules)
+        self.tokenizer = tokenizers.build(config.tokenizer)
+        self.model = model_lib.build(config.model)
+        self._check_vocabulary()
+        self.layout = model_lib.layout(self.model, config.data.length)
+        if config.data.length > self.model.backbone.max_len:
+            raise UserError(f"config.data.length={config.data.length} is longer than model.backbone.max_len="
+                            f"{self.model.backbone.max_len}")
+        self.loss_fn = objectives.build(config.objective, self.model)
+        init = functools.partial(model_lib.init, self.model, length=config.data.length)
+        params = jax.eval_shape(init, jax.random.key(0))["params"]
+        self.tx, self.schedule = build_optimizer(config.optimizer, params, config.train.steps)
+        self.create = functools.partial(state_lib.create, self.model, self.tx, seed=config.seed,
+                                        length=config.data.length, ema=bool(config.train.ema))
+        state = jax.eval_shape(self.create)
+        self.shardings = state_lib.shardings(state, self.tx, self.mesh, self.rules)
+        self.abstract_state = jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, self.shardings)
+        self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
+
+    def _check_vocabulary(self):
+        for kind, blocks in (("encoders", self.model.encoders), ("decoders", self.model.decoders)):
+            if "text" in blocks and blocks["text"].vocab_size < self.tokenizer.vocab_size:
+                raise UserError(f"model.{kind}.text.vocab_size={blocks['text'].vocab_size} is smaller than the tokenizer's "
+                                f"{self.tokenizer.vocab_size}")
+
+    def init_state(self):
+        """A fresh train state, initialised on the mesh."""
+        return self.jit(self.create, out_shardings=self.shardings)()
+
+    def train_step(self):
+        """The jitted training step; it donates the state."""
+        return self.jit(self.make_step(self.loss_fn), donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def make_step(self, loss_fn):
+        """The training step of the config with any loss function."""
+        return step.make_train_step(loss_fn, self.tx, self.schedule, accumulate=self.config.train.accumulate,
+                                    ema_decay=self.config.train.ema)
+
+    def dataset(self, split: str, **overrides):
+        """The dataset of `config.data` for a split."""
+        own = ("length", "workers", "skip_corrupt", "dir")  # fields of the run, not of the dataset
+        cfg = {key: value for key, value in self.config.data.items() if key not in own}
+        return data.build(cfg, split, layout=self.layout, tokenizer=self.tokenizer, **overrides)
+
+    def train_batches(self, start: int) -> Iterator[Any]:
+        """Global batches from step `start` to the last step."""
+        cfg, size = self.config.data, self.config.train.batch_size
+        source = pipeline.Pipeline(self.dataset("train"), size, self.config.seed, shuffle=True,
+                                   skip_corrupt=cfg.skip_corrupt, workers=cfg.workers)
+        rows = sharding.local_rows(size, self.batch_sharding)
+        with source.iterate(start, self.config.train.steps, rows) as batches:
+            for batch in batches:
+                yield sharding.to_global(batch, rows, size, self.batch_sharding)
+
+    def put(self, batch):
+        """One batch that every process holds whole -> global arrays."""
+        size = len(batch["example_mask"])
+        rows = sharding.local_rows(size, self.batch_sharding)
+        return sharding.to_global(jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, batch), rows, size,
+                                  self.batch_sharding)
+
+    def eval_batches(self, dataset, limit: int | None = None) -> Iterator[tuple[dict, dict]]:
+        """Every example once, in order: (host batch, the same as global arrays)."""
+        for batch in pipeline.eval_batches(dataset, self.config.eval.batch_size, limit or None):
+            yield batch, self.put(batch)
+
+    def use_mesh(self):
+        """Context in which jitted functions see the mesh and the sharding rules of the run."""
+        return sharding.use_mesh(self.mesh, self.rules)
+
+    def jit(self, fn, **options):
+        """`jax.jit` under `use_mesh`."""
+        jitted = jax.jit(fn, **options)
+
+        @functools.wraps(fn)
+        def call(*args):
+            with self.use_mesh():
+                return jitted(*args)
+
+        def trace(*args):
+            with self.use_mesh():
+                return jitted.trace(*args)
+
+        call.trace = trace  # without running: the jaxpr, and what the compiler makes of it
+        return call
+
+    def fetch(self, x) -> np.ndarray:
+        """A global array as numpy on every process."""
+        return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
+
+    @functools.cached_property
+    def forward(self):
+        """Jitted (variables, batch) -> out of the model, without dropout."""
+        return self.jit(lambda variables, batch: self.model.apply(
+            variables, **{name: batch[name] for name in model_lib.INPUTS if name in batch}, train=False)[1])
+
+    @functools.cached_property
+    def eval_step(self):
+        return self.jit(step.make_eval_step(self.loss_fn))
+
+    def evaluate_loss(self, params, variables, split: str, limit: int) -> dict[str, float]:
+        """The objective's loss, its terms and metrics over a split (`limit` examples; 0: all)."""
+        total, weights = {}, {}
+        for _, batch in self.eval_batches(self.dataset(split), limit):
+            measured, weight = self.eval_step(params, variables, batch)
+            total = metrics.add(total, metrics.fetch(measured))
+            weights = {name: float(value) for name, value in weight.items()}
+        if not total:
+            raise UserError(f"the {split} split has no examples")
+        return {"loss": step.total_loss(total, weights), **metrics.finalize(total)}
+
+    def evaluators(self):
+        """(name, evaluator) for every name in `config.eval.evaluators`."""
+        for name in self.config.eval.evaluators:
+            if name not in EVALUATORS:
+                raise unknown("evaluator", name, EVALUATORS, "config.eval.evaluators")
+            yield name, EVALUATORS[name]
+
+
+def evaluation_params(state):
+    """The averaged parameters where the run keeps an average, else the parameters."""
+    return state.ema if jax.tree.leaves(state.ema) else state.params

@@ -1,0 +1,139 @@
+"""`run(config, workdir)`: trains, evaluates, generates or plans, as `config.mode` says."""
+
+import contextlib
+import sys
+import time
+
+import jax
+
+from vfm import distributed, infer, report, tree
+from vfm.errors import unknown
+from vfm.experiment import Experiment, evaluation_params
+from vfm.plan import plan, step_flops
+from vfm.train import loop
+from vfm.train.checkpoint import Checkpointer
+from vfm.train.logging import Logger, peak_flops
+from vfm.train.preemption import Preemption
+from vfm.workdir import prepare
+
+
+def run(config, workdir: str) -> dict[str, float]:
+    """Runs one config in its folder and returns what it wrote to results.json (empty if it was stopped before the end)."""
+    if config.mode not in MODES:
+        raise unknown("mode", config.mode, MODES, "config.mode")
+    distributed.initialize(**config.get("distributed", {}))
+    experiment = Experiment(config)
+    path = prepare(workdir, config, write=distributed.is_main())
+    return MODES[config.mode](experiment, path)
+
+
+def _checkpointer(experiment, path, read_only: bool = False) -> Checkpointer:
+    cfg = experiment.config.checkpoint
+    return Checkpointer(path / "checkpoints", keep=cfg.keep, keep_best=cfg.keep_best, best_metric=cfg.best_metric,
+                        best_mode=cfg.best_mode, read_only=read_only)
+
+
+def train(experiment: Experiment, path) -> dict[str, float]:
+    """Trains from the last good checkpoint (or from the start), then evaluates on the test split."""
+    config, steps = experiment.config, experiment.config.train.steps
+    size = config.train.batch_size
+    preemption = Preemption().install()
+    checkpointer = _checkpointer(experiment, path)
+    restored = checkpointer.restore(experiment.abstract_state)
+    state, position, start = restored or (experiment.init_state(), {}, 0)
+    logger = Logger(path, start_step=start, total_steps=steps, examples_per_step=size,
+                    tokens_per_step=size * config.data.length, tensorboard=config.log.tensorboard,
+                    is_main=distributed.is_main(), **_utilisation(experiment))
+    mesh = {name: parts for name, parts in experiment.mesh.shape.items() if parts > 1}
+    logger.message(f"{tree.count(state.params):,} parameters on {jax.device_count()} device(s), mesh {mesh or 1}; "
+                   + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps"))
+
+    def evaluate(state, step):
+        params = evaluation_params(state)
+        found = experiment.evaluate_loss(params, state.variables, config.eval.split, config.eval.limit)
+        if step < steps:
+            for _, evaluator in experiment.evaluators():
+                found |= evaluator(experiment, params, state.variables, config.eval.split, config.eval.limit).metrics
+        return found
+
+    def save(step, state, memory, metrics, wait):
+        checkpointer.save(step, state, {"next_step": step, "seed": config.seed, "batch_size": size, "log": memory},
+                          metrics, wait=wait)
+
+    began = time.time()
+    with contextlib.closing(logger), checkpointer, contextlib.closing(experiment.train_batches(start)) as batches:
+        state, done = loop.train(
+            state, experiment.train_step(), batches, start=start, steps=steps, evaluate=evaluate,
+            eval_every=config.eval.every, save=save, save_every=config.checkpoint.every, logger=logger,
+            log_every=config.log.every, stop_requested=preemption.requested, each_step=checkpointer.poll,
+            memory=position.get("log"))
+    preemption.uninstall()
+    if done < steps:
+        print(f"stopped at step {done} of {steps}; the checkpoint is saved, and the same command resumes", file=sys.stderr)
+        return {}
+    return _finish(experiment, path, {"params": evaluation_params(state), "variables": state.variables}, done,
+                   {"train_seconds": time.time() - began})
+
+
+def _utilisation(experiment) -> dict[str, float]:
+    """FLOPs of a step and peak FLOP/s of all devices, where the device's peak is known (not on CPU)."""
+    peak = peak_flops(jax.devices()[0])
+    if peak is None:
+        return {}
+    return {"flops_per_step": step_flops(experiment), "peak_flops": peak * jax.device_count()}
+
+
+def load(experiment: Experiment, path) -> tuple[dict, int]:
+    """{"params", "variables"} of a checkpoint (`config.eval.checkpoint`: "latest", "best" or a step), and its step."""
+    abstract = experiment.abstract_state
+    branch = "ema" if jax.tree.leaves(abstract.ema) else "params"
+    wanted = {branch: abstract.ema if branch == "ema" else abstract.params}
+    if jax.tree.leaves(abstract.variables):
+        wanted["variables"] = abstract.variables
+    choice = experiment.config.eval.checkpoint
+    with _checkpointer(experiment, path, read_only=True) as checkpointer:
+        found, step = checkpointer.restore_partial(wanted, int(choice) if choice.isdigit() else choice)
+    return {"params": found[branch], "variables": found.get("variables", {})}, step
+
+
+def evaluate(experiment: Experiment, path) -> dict[str, float]:
+    """Evaluates a checkpoint of the folder on the test split."""
+    return _finish(experiment, path, *load(experiment, path), {})
+
+
+def _finish(experiment, path, weights, step, results) -> dict[str, float]:
+    """Loss and evaluators on the test split -> results.json and report.html."""
+    config, params, variables = experiment.config, weights["params"], weights["variables"]
+    results = {**results, "step": step, "parameters": tree.count(params)}
+    loss = experiment.evaluate_loss(params, variables, config.eval.test_split, config.eval.test_limit)
+    results |= {f"test_{name}": value for name, value in loss.items()}
+    samples = {}
+    for _, evaluator in experiment.evaluators():
+        found = evaluator(experiment, params, variables, config.eval.test_split, config.eval.test_limit)
+        results |= found.metrics
+        samples |= found.samples
+    if distributed.is_main():
+        report.write_json(path / "results.json", results)
+        page = report.Report(config.get("title", "vfm run"))
+        page.text(f"Mode {config.mode}, seed {config.seed}, {step} steps of {config.train.batch_size} examples, "
+                  f"{jax.device_count()} device(s).")
+        page.table(("result", "value"), list(results.items()),
+                   f"Results on the {config.eval.test_split} split")
+        if (path / "metrics.jsonl").exists():
+            page.figure("loss", report.curves(path / "metrics.jsonl"), "Loss by step")
+        for name, (caption, rows) in samples.items():
+            page.samples(name, rows, caption)
+        page.table(("block", "parameters"), [(name, tree.count(block)) for name, block in params.items()], "Parameters by block")
+        page.write(path)
+        for name, value in results.items():
+            print(f"{name}: {value:.4g}")
+        print(f"wrote {path / 'results.json'} and {path / 'report.html'}")
+    return results
+
+
+def generate(experiment: Experiment, path) -> dict[str, float]:
+    """Answers the request of `config.generate` with a checkpoint of the folder."""
+    return infer.answer(experiment, load(experiment, path)[0], path)
+
+
+MODES = {"train": train, "evaluate": evaluate, "generate": generate, "plan": plan}
