@@ -8,6 +8,8 @@ _FLAGS = (
     # A slow machine must not abort a simulated collective (the default kills the process after a minute).
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=60",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    # The tests compile more than they compute.
+    "--xla_backend_optimization_level=0",
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 

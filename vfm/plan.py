@@ -35,7 +35,7 @@ def plan(experiment, path) -> dict[str, float]:
     found = {**_parameters(experiment), **_mesh(experiment), **_step(experiment)}
     batch = abstract_batch(experiment)
     found |= _flops(experiment, batch, found)
-    traced = experiment.train_step().trace(experiment.abstract_state, batch)
+    traced = experiment.train_step.trace(experiment.abstract_state, batch)
     found["flops.executed"] = flops.count_jaxpr(traced.jaxpr)
     found |= _memory(experiment, batch, traced)
     if distributed.is_main():

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vfm import tree
+from vfm.errors import UserError
+from vfm.layers.attention import make_mask
+from vfm.layers.transformer import REMAT, Block, Transformer
+
+DEPTH, T, D = 3, 5, 8
+FIELDS = dict(num_heads=2, mlp_dim=12, dropout=0.2)
+X = jax.random.normal(jax.random.key(0), (2, T, D))
+MASK = make_mask(jnp.arange(T), jnp.arange(T), causal=True)
+
+
+def parameters(model, **call):
+    return jax.jit(lambda key: model.init(key, X, train=False, **call)["params"])(jax.random.key(1))
+
+
+def values_and_gradients(remat, params):
+    model = Transformer(depth=DEPTH, remat=remat, **FIELDS)
+
+    def loss(params, x):
+        y, _ = model.apply({"params": params}, x, mask=MASK, train=True, rngs={"dropout": jax.random.key(2)})
+        return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
+
+    return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, X)
+
+
+@pytest.fixture(scope="module")
+def kept():
+    params = parameters(Transformer(depth=DEPTH, **FIELDS))
+    return params, values_and_gradients("none", params)
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+def test_rematerialisation_changes_no_value_and_no_gradient(remat, kept):
+    """Dropout included: the same units are dropped when a block is computed again."""
+    params, (expected_gradients, expected) = kept
+    gradients, y = values_and_gradients(remat, params)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    found, expected = tree.flatten(gradients), tree.flatten(expected_gradients)
+    assert found.keys() == expected.keys()
+    for path, gradient in found.items():
+        np.testing.assert_allclose(gradient, expected[path], atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_the_scanned_stack_is_the_blocks_one_after_the_other(cross):
+    model = Transformer(depth=DEPTH, cross=cross, num_heads=2, mlp_dim=12, norm="rmsnorm", gated=True)
+    context = jax.random.normal(jax.random.key(3), (2, 4, 6)) if cross else None
+    params = parameters(model, context=context)
+    run = lambda params: model.apply({"params": params}, X, mask=MASK, context=context, train=False)
+    y, out = jax.jit(run)(params)
+    block = Block(num_heads=2, mlp_dim=12, cross=cross, norm="rmsnorm", gated=True, depth=DEPTH)
+    assert out["layers"].shape == (DEPTH, 2, T, D)
+    layers = params["layers"]
+    assert all(leaf.shape[0] == DEPTH for leaf in jax.tree.leaves(layers))
+    run = lambda params, x: block.apply({"params": params}, x, None, MASK, None, context, None, False)[0]
+    apply, x = jax.jit(run), X
+    for i in range(DEPTH):
+        x = apply(jax.tree.map(lambda leaf, i=i: leaf[i], layers), x)
+        np.testing.assert_allclose(out["layers"][i], x, atol=1e-5)
+    root_mean_square = jnp.sqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, x / root_mean_square, atol=1e-5)
+
+
+def test_layers_start_different():
+    kernel = parameters(Transformer(depth=DEPTH, **FIELDS))["layers"]["mlp"]["up"]["kernel"]
+    assert float(jnp.abs(kernel[0] - kernel[1]).max()) > 0.01
+
+
+def test_an_unknown_policy_names_the_known():
+    with pytest.raises(UserError, match="unknown remat policy 'all'.*dots, dots_no_batch, full, none"):
+        Transformer(depth=1, remat="all", **FIELDS).init(jax.random.key(0), X, train=False)
