@@ -1,31 +1,65 @@
 """`python -m experiments.main --config=configs/NAME.py[:ARG] --workdir=DIR [--config.a.b=value ...]`."""
 
+import logging
 import sys
+import traceback
+from collections.abc import Sequence
 
-from absl import app, flags
-from ml_collections import config_flags
-
+from experiments import command_line
 from vfm.errors import UserError
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "config file, with :ARG for a variant", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; starting again in it resumes")
 
+def cli(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: that of the process) and returns the exit status.
 
-def main(_):
-    from vfm.run import run
-
-    run(CONFIG.value, WORKDIR.value)
-
-
-def cli():
-    """Runs `main`; bad input ends in one line on stderr and status 2."""
-    flags.mark_flags_as_required(["config", "workdir"])
+    0: done. 2: bad input, told in one line on stderr. 130: Ctrl-C. All other exceptions are bugs and go up.
+    """
+    options = None
     try:
-        app.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        options = command_line.parse(sys.argv[1:] if argv is None else argv)
+        if options.config is None:
+            print(command_line.USAGE)
+        else:
+            _log(options.verbosity)
+            from vfm.run import run  # only now: what is wrong with the flags is told at once
+
+            run(options.config, options.workdir)
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        cause = _cause(error)
+        if cause is None:
+            raise
+        if isinstance(cause, KeyboardInterrupt):
+            return _leave(130, "interrupted; the same command resumes from the last checkpoint")
+        if options and (options.verbosity or 0) >= 1:
+            traceback.print_exc()
+        return _leave(2, f"error: {cause}")
+
+
+def _cause(error: BaseException | None) -> UserError | KeyboardInterrupt | None:
+    """The one that an exception is, or was raised from: what goes through threads or C++ may come wrapped."""
+    while error is not None and not isinstance(error, UserError | KeyboardInterrupt):
+        error = error.__cause__
+    return error
+
+
+def _log(verbosity: int | None) -> None:
+    """Warnings only, in plain words; with a verbosity all that absl shows at it, with time and place."""
+    if verbosity is None:
+        logging.lastResort.setFormatter(logging.Formatter("warning: %(message)s"))
+    else:
+        from absl import logging as absl_logging
+
+        absl_logging.use_absl_handler()
+        absl_logging.set_verbosity(verbosity)
+
+
+def _leave(status: int, line: str) -> int:
+    print(line, file=sys.stderr, flush=True)
+    if "vfm.distributed" in sys.modules:
+        sys.modules["vfm.distributed"].close(status)  # the other processes, if there are any, end too
+    return status
 
 
 if __name__ == "__main__":
-    cli()
+    sys.exit(cli())

@@ -18,6 +18,6 @@ def unknown(kind: str, name: str, known: Iterable[str], where: str = "") -> User
     """The error for a name that is not in a list: names the nearest one and lists all."""
     known = sorted(map(str, known))
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     place = f" in {where}" if where else ""
-    return UserError(f"unknown {kind} {name!r}{place}{hint} Known: {', '.join(known) or 'none'}".replace("?;", "?"))
+    return UserError(f"unknown {kind} {name!r}{place}{hint} Known: {', '.join(known) or 'none'}")

@@ -1,7 +1,6 @@
 """The folder of one run: config.json, metrics.jsonl, checkpoints/, results.json, report.html, figures/."""
 
 import json
-import os
 import pathlib
 import tempfile
 from typing import Any
@@ -9,25 +8,56 @@ from typing import Any
 from vfm.errors import UserError
 from vfm.report import write_json
 
-# These sections say what to do with a run, not what the run is; they may change between starts in one folder.
-FREE = ("mode", "generate", "allow_changed_config", "plan")
+# These say what to do with a run, not what the run is; they may change between starts in one folder.
+FREE = ("mode", "generate", "plan", "distributed", "eval.checkpoint", "allow_changed_config")
+ABSENT = object()
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> {'a.b.c': value}; tuples as lists, as in JSON."""
+    """Nested mappings -> {'a.b.c': value}, sorted; tuples as lists, as in JSON. An empty section is a value, {}."""
+    if not hasattr(config, "items") or not config:
+        return {prefix[:-1]: plain(config)}
+    items = sorted((str(name), value) for name, value in config.items())
+    return {key: value for name, item in items for key, value in flat(item, f"{prefix}{name}.").items()}
+
+
+def plain(config: Any) -> Any:
+    """What JSON gives back: sorted dicts with string keys, lists; other values as they are."""
     if hasattr(config, "items"):
-        return {key: value for name, item in config.items() for key, value in flat(item, f"{prefix}{name}.").items()}
-    if isinstance(config, (tuple, list)):
-        config = [list(item) if isinstance(item, tuple) else item for item in config]
-    return {prefix[:-1]: config}
+        return {str(name): plain(config[name]) for name in sorted(config, key=str)}
+    if hasattr(config, "tolist"):  # NumPy
+        config = config.tolist()
+    return [plain(item) for item in config] if isinstance(config, tuple | list) else config
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """One text per field that differs between two configs, sorted; fields of FREE do not count."""
+    old, new, found = flat(old), flat(new), []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key, ABSENT), new.get(key, ABSENT)
+        if any(f"{key}.".startswith(f"{free}.") for free in FREE):
+            continue
+        # True and 1 are equal in Python, and mean something else in a config.
+        if before == after and isinstance(before, bool) == isinstance(after, bool):
+            continue
+        if before is ABSENT:
+            found.append(f"{key} is new, {after!r}")
+        elif after is ABSENT:
+            found.append(f"{key} is gone, was {before!r}")
+        else:
+            found.append(f"{key} was {before!r}, is {after!r}")
+    return found
 
 
 def prepare(workdir: str, config: Any, *, write: bool) -> pathlib.Path:
     """Makes the folder and writes config.json; refuses a folder whose config differs, naming the fields.
 
-    `config.allow_changed_config` lets a changed config through (the new one is written). `write` is False on all processes
-    but the first. Raises `UserError` for a folder that cannot be written.
+    `config.allow_changed_config` lets a changed config through; it is not written here but by `record`, once it
+    is known to work. What FREE lists may always change. `write` is False on all processes but the first. Raises
+    `UserError` for a folder that cannot be written and for a config that JSON cannot hold.
     """
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir} must be a folder of a (shared) file system")
     path = pathlib.Path(workdir).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -35,20 +65,27 @@ def prepare(workdir: str, config: Any, *, write: bool) -> pathlib.Path:
             tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from None
-    new, file = flat(config), path / "config.json"
+    file = path / "config.json"
     if file.exists():
         try:
-            old = flat(json.loads(file.read_text()))
-        except ValueError:
-            raise UserError(f"{file} is not JSON; remove it or choose another --workdir") from None
-        different = [f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
-                     for key in sorted({*old, *new})
-                     if old.get(key, "absent") != new.get(key, "absent") and key.split(".")[0] not in FREE]
+            different = differences(dict(json.loads(file.read_bytes())), config)
+        except (ValueError, TypeError, OSError):
+            raise UserError(f"{file} is not the JSON of a config; remove it or choose another --workdir") from None
         if different and not config.get("allow_changed_config", False):
-            raise UserError(f"{path} holds a run with another config ({'; '.join(different)}). Choose another --workdir, "
-                            "or pass --config.allow_changed_config to continue it with this one")
-        if not different:
-            return path
-    if write:
-        write_json(os.fspath(file), json.loads(json.dumps(config.to_dict())))
+            raise UserError(
+                f"{path} holds a run with another config ({'; '.join(different)}). Choose another --workdir, "
+                "or pass --config.allow_changed_config to continue it with this one")
+    elif write:
+        record(path, config)
     return path
+
+
+def record(path: pathlib.Path, config: Any) -> None:
+    """Writes config.json, unless it says the same but for what FREE lists."""
+    file = path / "config.json"
+    if file.exists() and not differences(json.loads(file.read_bytes()), config):
+        return
+    try:
+        write_json(file, plain(config))
+    except TypeError as error:  # names the field
+        raise UserError(str(error)) from None
