@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+TFDS = ["tensorflow-datasets>=4.9.10", "array_record>=0.8.6", "importlib_resources>=6"]
+
 setup(
     name="vfm",
     version="0.1.0",
@@ -9,28 +11,30 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=find_packages(include=["vfm", "vfm.*", "experiments", "experiments.*", "configs"]),
+    packages=find_packages(include=["vfm", "vfm.*", "experiments", "experiments.*"]),
+    # Lower bounds are the versions that the tests were run with.
     install_requires=[
-        "absl-py>=2.1",
-        "flax>=0.12.0",
-        "grain>=0.2.12",
-        "jax>=0.10.0",
-        "matplotlib>=3.9",
-        "ml_collections>=1.0",
-        "numpy>=2.0",
-        "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.30",
-        "pillow>=10.0",
-        "scikit-learn>=1.5",
-        "tensorboardX>=2.6.2",
+        "absl-py>=2.5",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "matplotlib>=3.11",
+        "ml_collections>=1.1",
+        "numpy>=2.4",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "pillow>=13",
+        "scikit-learn>=1.9",
+        "scipy>=1.17",
+        "tensorboardX>=2.6.5",
     ],
     extras_require={
-        "cuda12": ["jax[cuda12]>=0.10.0"],
-        "cuda13": ["jax[cuda13]>=0.10.0"],
-        "tpu": ["jax[tpu]>=0.10.0"],
-        "tfds": ["tensorflow-datasets>=4.9.9", "array_record>=0.8", "importlib_resources>=6"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "tensorflow-datasets>=4.9.9", "array_record>=0.8",
-                 "importlib_resources>=6", "ruff>=0.9"],
-        "parity": ["torch", "transformers", "safetensors"],
+        "cuda12": ["jax[cuda12]>=0.10.2"],
+        "cuda13": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "tfds": TFDS,
+        "test": [*TFDS, "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"],
+        # What parity tests compare with; they skip where it is absent.
+        "parity": ["torch>=2.13", "transformers>=5.23", "safetensors>=0.8"],
     },
 )

@@ -30,6 +30,7 @@ def base() -> ConfigDict:
             "weight_decay": 0.01,
         },
         "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+        "distributed": {"coordinator": "", "num_processes": 0, "process_id": -1},  # as is: from the environment, if any
         "eval": {
             "every": 500,
             "split": "validation",

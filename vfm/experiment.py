@@ -1,7 +1,7 @@
 """What every mode of a run needs, built from its config."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,20 +11,51 @@ from jax.experimental import multihost_utils
 from vfm import data, metrics, objectives, sharding, tokenizers
 from vfm import model as model_lib
 from vfm.data import pipeline
+from vfm.data.records import CorruptRecord
 from vfm.errors import UserError, unknown
-from vfm.evaluate import EVALUATORS
+from vfm.evaluate import CHECKS, EVALUATORS
 from vfm.train import step
 from vfm.train import state as state_lib
 from vfm.train.optimizer import build_optimizer
 
 
+SECTIONS = ("tokenizer", "model", "data", "objective", "optimizer", "mesh", "train", "eval", "checkpoint", "log")
+# The lowest value of whole numbers with which a run would otherwise fail late, or do nothing.
+LOWEST = {
+    "seed": 0, "data.length": 1, "train.steps": 1, "train.batch_size": 1, "train.accumulate": 1,
+    "eval.every": 0, "eval.limit": 0, "eval.test_limit": 0, "eval.batch_size": 1, "checkpoint.every": 0, "log.every": 1,
+}
+
+
+def check(config) -> None:
+    """Refuses what can be seen in the config alone: missing sections, numbers out of range, unknown evaluators."""
+    for section in SECTIONS:
+        if section not in config:
+            raise UserError(f"the config has no section {section!r}; it needs {', '.join(SECTIONS)}")
+    for field, lowest in LOWEST.items():
+        section, _, name = field.rpartition(".")
+        found = (config[section] if section else config).get(name)
+        if isinstance(found, bool) or not isinstance(found, int) or found < lowest:
+            raise UserError(f"config.{field}={found!r} must be a whole number >= {lowest}")
+    if config.seed >= 2**32:
+        raise UserError(f"config.seed={config.seed} must be less than 2**32")
+    if not 0 <= config.train.ema < 1:
+        raise UserError(f"config.train.ema={config.train.ema} must be from 0 (no average) to less than 1, such as 0.99")
+    for name in config.eval.evaluators:
+        if name not in EVALUATORS:
+            raise unknown("evaluator", name, EVALUATORS, "config.eval.evaluators")
+
+
 class Experiment:
     """What every mode needs, built from the config: mesh, tokenizer, model, data, objective, optimizer."""
 
-    def __init__(self, config):
+    def __init__(self, config, devices: Sequence[jax.Device] | None = None):
+        """devices: of the mesh; all of this run's processes by default."""
+        check(config)
         self.config = config
-        self.mesh = sharding.make_mesh(config.mesh)
-        self.rules = {**sharding.RULES, **config.get("sharding_rules", {})}
+        self._datasets: dict[str, Any] = {}
+        self.mesh = sharding.make_mesh(config.mesh, devices)
+        self.rules = sharding.make_rules(config.get("sharding_rules", {}))
         sharding.check_batch("train.batch_size", config.train.batch_size, config.train.accumulate, self.mesh, self.rules)
         sharding.check_batch("eval.batch_size", config.eval.batch_size, 1, self.mesh, self.rules)
         self.tokenizer = tokenizers.build(config.tokenizer)
@@ -45,6 +76,8 @@ class Experiment:
         self.abstract_state = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, self.shardings)
         self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
+        for name in config.eval.evaluators:
+            CHECKS[name](self)
 
     def _check_vocabulary(self):
         for kind, blocks in (("encoders", self.model.encoders), ("decoders", self.model.decoders)):
@@ -54,10 +87,12 @@ class Experiment:
 
     def init_state(self):
         """A fresh train state, initialised on the mesh."""
-        return self.jit(self.create, out_shardings=self.shardings)()
+        # Without `use_mesh`: the one example that shapes the parameters has no rows to share out.
+        return jax.jit(self.create, out_shardings=self.shardings)()
 
+    @functools.cached_property
     def train_step(self):
-        """The jitted training step; it donates the state."""
+        """The jitted training step (state, batch) -> (state, metrics); it donates the state."""
         return self.jit(self.make_step(self.loss_fn), donate_argnums=0, out_shardings=(self.shardings, None))
 
     def make_step(self, loss_fn):
@@ -66,16 +101,36 @@ class Experiment:
                                     ema_decay=self.config.train.ema)
 
     def dataset(self, split: str, **overrides):
-        """The dataset of `config.data` for a split."""
+        """The dataset of `config.data` for a split. One with overrides (see `Pairs`) shares its sources."""
+        if split in self._datasets and not overrides:
+            return self._datasets[split]
+        if overrides:
+            overrides["opened"] = self.dataset(split).sources
         own = ("length", "workers", "skip_corrupt", "dir")  # fields of the run, not of the dataset
         cfg = {key: value for key, value in self.config.data.items() if key not in own}
-        return data.build(cfg, split, layout=self.layout, tokenizer=self.tokenizer, **overrides)
+        found = data.build(cfg, split, layout=self.layout, tokenizer=self.tokenizer,
+                           skip_corrupt=self.config.data.get("skip_corrupt", False), **overrides)
+        if not overrides:
+            self._datasets[split] = found
+        return found
+
+    def check_data(self, *splits: str) -> None:
+        """Opens the datasets of the splits and reads one example of each: bad data is told before anything is compiled."""
+        for split in splits:
+            dataset = self.dataset(split)
+            if not len(dataset):
+                raise UserError(f"the {split} split has no examples")
+            try:
+                dataset.example(0, pipeline.rng(self.config.seed, 0))
+            except CorruptRecord:
+                if not self.config.data.get("skip_corrupt", False):
+                    raise
 
     def train_batches(self, start: int) -> Iterator[Any]:
         """Global batches from step `start` to the last step."""
         cfg, size = self.config.data, self.config.train.batch_size
         source = pipeline.Pipeline(self.dataset("train"), size, self.config.seed, shuffle=True,
-                                   skip_corrupt=cfg.skip_corrupt, workers=cfg.workers)
+                                   skip_corrupt=cfg.get("skip_corrupt", False), workers=cfg.get("workers", 0))
         rows = sharding.local_rows(size, self.batch_sharding)
         with source.iterate(start, self.config.train.steps, rows) as batches:
             for batch in batches:
@@ -90,7 +145,8 @@ class Experiment:
 
     def eval_batches(self, dataset, limit: int | None = None) -> Iterator[tuple[dict, dict]]:
         """Every example once, in order: (host batch, the same as global arrays)."""
-        for batch in pipeline.eval_batches(dataset, self.config.eval.batch_size, limit or None):
+        for batch in pipeline.eval_batches(dataset, self.config.eval.batch_size, limit or None,
+                                           skip_corrupt=self.config.data.get("skip_corrupt", False)):
             yield batch, self.put(batch)
 
     def use_mesh(self):
@@ -141,8 +197,6 @@ class Experiment:
     def evaluators(self):
         """(name, evaluator) for every name in `config.eval.evaluators`."""
         for name in self.config.eval.evaluators:
-            if name not in EVALUATORS:
-                raise unknown("evaluator", name, EVALUATORS, "config.eval.evaluators")
             yield name, EVALUATORS[name]
 
 

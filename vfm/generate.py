@@ -23,11 +23,11 @@ def generate(model, variables, batch, *, max_new: int, eos_id: int, temperature:
         raise UserError("generate: sampling at a temperature needs a key: pass rng=jax.random.key(seed)")
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     rng = jax.random.key(0) if rng is None else rng
-    return _generate(model, max_new, eos_id, float(temperature), variables, inputs, rng)
+    return _generate(model, max_new, float(temperature), variables, inputs, eos_id, rng)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(model, max_new, eos_id, temperature, variables, inputs, rng):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(model, max_new, temperature, variables, inputs, eos_id, rng):
     B, T = inputs["input_mask"].shape
     cache = model.init_cache(B, T + max_new)
     logits, out = model.apply(variables, **inputs, cache=cache, train=False)

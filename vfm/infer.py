@@ -24,6 +24,9 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
       max_new      most new tokens; temperature 0 is greedy; samples: how many answers
     """
     cfg, model, tokenizer = experiment.config.generate, experiment.model, experiment.tokenizer
+    for field, lowest in (("max_new", 1), ("samples", 1), ("temperature", 0)):
+        if not cfg[field] >= lowest:
+            raise UserError(f"config.generate.{field}={cfg[field]} must be {lowest} or more")
     inputs, output = Task.split(cfg.task) if cfg.task else (("text",), "text")
     files = _files(cfg.files)
     for name in {*inputs, output} - {"text"}:
@@ -35,7 +38,10 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
         raise UserError(f"config.generate.files: the task {cfg.task!r} needs {', '.join(sorted(missing))}=FILE")
     segments = [Text([tokenizer.bos_id])]
     for name in inputs:
-        segments.append(Text(cfg.text) if name == "text" else Input(name, _read(experiment, name, files[name])))
+        item = None if name == "text" else _read(experiment, name, files[name])
+        if item is not None and not np.isfinite(item).all():
+            raise UserError(f"config.generate.files: {name}={files[name]} holds numbers that are not finite")
+        segments.append(Text(cfg.text) if name == "text" else Input(name, item))
     if cfg.task:
         segments.append(Text([tokenizer.token_id(f"<{output}>")]))
     if output != "text":

@@ -1,5 +1,7 @@
 """The five blocks wired into one model: encoder -> input projector -> backbone -> output projector -> decoder."""
 
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -181,6 +183,7 @@ def init(model: VFM, key: jax.Array, length: int) -> dict[str, Any]:
     return model.init(key, **batch, train=False)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 _KINDS = (("encoders", ENCODERS), ("input_projectors", INPUT_PROJECTORS), ("output_projectors", OUTPUT_PROJECTORS),
           ("decoders", DECODERS))
 
@@ -192,6 +195,9 @@ def build(cfg: Mapping[str, Any]) -> VFM:
     unknown names and fields, and for a chain that does not fit, naming both blocks and both widths.
     """
     cfg = dict(cfg)
+    for field in ("centre", "backbone"):
+        if not cfg.get(field):
+            raise UserError(f"model.{field} is missing; give {'a modality' if field == 'centre' else 'a block'}")
     centre, dtype = cfg.pop("centre"), cfg.pop("dtype", "float32")
     groups = {}
     for kind, table in _KINDS:
@@ -220,7 +226,34 @@ def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, d
     for field in fields:
         if field not in known:
             raise unknown("field", field, known, where)
-    return table[name](**{"dtype": dtype, **fields})
+    fields = {"dtype": dtype, **fields}
+    if fields["dtype"] not in DTYPES:
+        raise unknown("dtype", fields["dtype"], DTYPES, where)
+    for field, value in fields.items():
+        kind = table[name].__dataclass_fields__[field].type
+        if not _fits(value, kind):
+            what = {int: "a whole number > 0", float: "a number", str: "a string", bool: "true or false"}.get(kind, kind)
+            raise UserError(f"{where}.{field}={value!r} must be {what}")
+        if field == "dropout" and not 0 <= value < 1:
+            raise UserError(f"{where}.dropout={value} must be a share, from 0 to less than 1")
+    return table[name](**fields)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a block's field. Whole numbers are sizes and counts, hence positive."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return any(_fits(value, choice) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is int:
+        return type(value) is int and value > 0
+    if kind is float:
+        return type(value) in (int, float)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def check(model: VFM) -> None:

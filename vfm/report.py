@@ -100,8 +100,8 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-        for name, png in self._figures.items():
-            write_atomic(folder / f"{name}.png", png)
+        for figure, png in self._figures.items():
+            write_atomic(folder / f"{figure}.png", png)
         title = html.escape(self._title)
         parts = "\n".join(self._parts)
         page = (

@@ -1,27 +1,36 @@
 """`run(config, workdir)`: trains, evaluates, generates or plans, as `config.mode` says."""
 
 import contextlib
+import inspect
 import sys
 import time
 
 import jax
 
 from vfm import distributed, infer, report, tree
-from vfm.errors import unknown
+from vfm.errors import UserError, unknown
 from vfm.experiment import Experiment, evaluation_params
-from vfm.plan import plan, step_flops
+from vfm.plan import abstract_batch, plan, step_flops
 from vfm.train import loop
 from vfm.train.checkpoint import Checkpointer
 from vfm.train.logging import Logger, peak_flops
 from vfm.train.preemption import Preemption
-from vfm.workdir import prepare
+from vfm.train.step import make_eval_step
+from vfm.workdir import prepare, record
+
+# What a flag of `config.distributed` says by default: a flag has one type, so it cannot be None.
+NOT_GIVEN = {"coordinator": "", "num_processes": 0, "process_id": -1}
 
 
 def run(config, workdir: str) -> dict[str, float]:
     """Runs one config in its folder and returns what it wrote to results.json (empty if it was stopped before the end)."""
     if config.mode not in MODES:
         raise unknown("mode", config.mode, MODES, "config.mode")
-    distributed.initialize(**config.get("distributed", {}))
+    processes, known = config.get("distributed", {}), inspect.signature(distributed.initialize).parameters
+    for field in processes:
+        if field not in known:
+            raise unknown("field", field, known, "config.distributed")
+    distributed.initialize(**{field: value for field, value in processes.items() if value != NOT_GIVEN.get(field)})
     experiment = Experiment(config)
     path = prepare(workdir, config, write=distributed.is_main())
     return MODES[config.mode](experiment, path)
@@ -29,7 +38,7 @@ def run(config, workdir: str) -> dict[str, float]:
 
 def _checkpointer(experiment, path, read_only: bool = False) -> Checkpointer:
     cfg = experiment.config.checkpoint
-    return Checkpointer(path / "checkpoints", keep=cfg.keep, keep_best=cfg.keep_best, best_metric=cfg.best_metric,
+    return Checkpointer(path / "checkpoints", keep=cfg.keep, keep_best=cfg.keep_best, best_metric=cfg.best_metric or None,
                         best_mode=cfg.best_mode, read_only=read_only)
 
 
@@ -37,37 +46,44 @@ def train(experiment: Experiment, path) -> dict[str, float]:
     """Trains from the last good checkpoint (or from the start), then evaluates on the test split."""
     config, steps = experiment.config, experiment.config.train.steps
     size = config.train.batch_size
-    preemption = Preemption().install()
-    checkpointer = _checkpointer(experiment, path)
-    restored = checkpointer.restore(experiment.abstract_state)
-    state, position, start = restored or (experiment.init_state(), {}, 0)
-    logger = Logger(path, start_step=start, total_steps=steps, examples_per_step=size,
-                    tokens_per_step=size * config.data.length, tensorboard=config.log.tensorboard,
-                    is_main=distributed.is_main(), **_utilisation(experiment))
-    mesh = {name: parts for name, parts in experiment.mesh.shape.items() if parts > 1}
-    logger.message(f"{tree.count(state.params):,} parameters on {jax.device_count()} device(s), mesh {mesh or 1}; "
-                   + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps"))
+    experiment.check_data("train", config.eval.split, config.eval.test_split)
+    _check_best_metric(experiment)
+    with Preemption() as preemption, _checkpointer(experiment, path) as checkpointer:
+        restored = checkpointer.restore(experiment.abstract_state)
+        state, position, start = restored or (experiment.init_state(), {}, 0)
+        if start > steps:
+            raise UserError(f"the checkpoint is at step {start}, beyond config.train.steps={steps}")
+        if distributed.is_main():
+            record(path, config)
+        logger = Logger(path, start_step=start, total_steps=steps, examples_per_step=size,
+                        tokens_per_step=size * config.data.length, tensorboard=config.log.tensorboard,
+                        is_main=distributed.is_main(), **_utilisation(experiment))
+        mesh = {name: parts for name, parts in experiment.mesh.shape.items() if parts > 1}
+        logger.message(f"{tree.count(state.params):,} parameters on {experiment.mesh.size} device(s), mesh {mesh or 1}; "
+                       + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps"))
 
-    def evaluate(state, step):
-        params = evaluation_params(state)
-        found = experiment.evaluate_loss(params, state.variables, config.eval.split, config.eval.limit)
-        if step < steps:
-            for _, evaluator in experiment.evaluators():
-                found |= evaluator(experiment, params, state.variables, config.eval.split, config.eval.limit).metrics
-        return found
+        def evaluate(state, step):
+            params = evaluation_params(state)
+            found = experiment.evaluate_loss(params, state.variables, config.eval.split, config.eval.limit)
+            # The last evaluation is on the test split, unless the best checkpoint is chosen by an evaluator's metric.
+            if step < steps or config.checkpoint.best_metric not in found:
+                for _, evaluator in experiment.evaluators():
+                    found |= evaluator(experiment, params, state.variables, config.eval.split, config.eval.limit).metrics
+            return found
 
-    def save(step, state, memory, metrics, wait):
-        checkpointer.save(step, state, {"next_step": step, "seed": config.seed, "batch_size": size, "log": memory},
-                          metrics, wait=wait)
+        began = time.time() - position.get("seconds", 0.0)  # as if the earlier starts had ended just now
 
-    began = time.time()
-    with contextlib.closing(logger), checkpointer, contextlib.closing(experiment.train_batches(start)) as batches:
-        state, done = loop.train(
-            state, experiment.train_step(), batches, start=start, steps=steps, evaluate=evaluate,
-            eval_every=config.eval.every, save=save, save_every=config.checkpoint.every, logger=logger,
-            log_every=config.log.every, stop_requested=preemption.requested, each_step=checkpointer.poll,
-            memory=position.get("log"))
-    preemption.uninstall()
+        def save(step, state, memory, metrics, wait):
+            position = {"next_step": step, "seed": config.seed, "batch_size": size, "seconds": time.time() - began,
+                        "log": memory}
+            checkpointer.save(step, state, position, metrics, wait=wait)
+
+        with contextlib.closing(logger), contextlib.closing(experiment.train_batches(start)) as batches:
+            state, done = loop.train(
+                state, experiment.train_step, batches, start=start, steps=steps, evaluate=evaluate,
+                eval_every=config.eval.every, save=save, save_every=config.checkpoint.every, logger=logger,
+                log_every=config.log.every, stop_requested=preemption.requested, each_step=checkpointer.poll,
+                memory=position.get("log"))
     if done < steps:
         print(f"stopped at step {done} of {steps}; the checkpoint is saved, and the same command resumes", file=sys.stderr)
         return {}
@@ -75,12 +91,23 @@ def train(experiment: Experiment, path) -> dict[str, float]:
                    {"train_seconds": time.time() - began})
 
 
+def _check_best_metric(experiment) -> None:
+    """Refuses a `checkpoint.best_metric` that the validation cannot give. What evaluators will give is not known yet."""
+    name = experiment.config.checkpoint.best_metric
+    if name and name != "loss" and not experiment.config.eval.evaluators:
+        state = experiment.abstract_state
+        measured, _ = jax.eval_shape(
+            make_eval_step(experiment.loss_fn), state.params, state.variables, abstract_batch(experiment))
+        if name not in measured:
+            raise unknown("metric", name, ["loss", *measured], "config.checkpoint.best_metric")
+
+
 def _utilisation(experiment) -> dict[str, float]:
     """FLOPs of a step and peak FLOP/s of all devices, where the device's peak is known (not on CPU)."""
     peak = peak_flops(jax.devices()[0])
     if peak is None:
         return {}
-    return {"flops_per_step": step_flops(experiment), "peak_flops": peak * jax.device_count()}
+    return {"flops_per_step": step_flops(experiment), "peak_flops": peak * experiment.mesh.size}
 
 
 def load(experiment: Experiment, path) -> tuple[dict, int]:
@@ -92,12 +119,13 @@ def load(experiment: Experiment, path) -> tuple[dict, int]:
         wanted["variables"] = abstract.variables
     choice = experiment.config.eval.checkpoint
     with _checkpointer(experiment, path, read_only=True) as checkpointer:
-        found, step = checkpointer.restore_partial(wanted, int(choice) if choice.isdigit() else choice)
+        found, step = checkpointer.restore_partial(wanted, int(choice) if choice.isdecimal() else choice)
     return {"params": found[branch], "variables": found.get("variables", {})}, step
 
 
 def evaluate(experiment: Experiment, path) -> dict[str, float]:
     """Evaluates a checkpoint of the folder on the test split."""
+    experiment.check_data(experiment.config.eval.test_split)
     return _finish(experiment, path, *load(experiment, path), {})
 
 
@@ -116,7 +144,7 @@ def _finish(experiment, path, weights, step, results) -> dict[str, float]:
         report.write_json(path / "results.json", results)
         page = report.Report(config.get("title", "vfm run"))
         page.text(f"Mode {config.mode}, seed {config.seed}, {step} steps of {config.train.batch_size} examples, "
-                  f"{jax.device_count()} device(s).")
+                  f"{experiment.mesh.size} device(s).")
         page.table(("result", "value"), list(results.items()),
                    f"Results on the {config.eval.test_split} split")
         if (path / "metrics.jsonl").exists():
@@ -124,6 +152,9 @@ def _finish(experiment, path, weights, step, results) -> dict[str, float]:
         for name, (caption, rows) in samples.items():
             page.samples(name, rows, caption)
         page.table(("block", "parameters"), [(name, tree.count(block)) for name, block in params.items()], "Parameters by block")
+        page.table(("trait", "value"), _card(config, params, step),
+                   "Model card. A foundation model is large, trained on much data, serves many tasks and generalises beyond "
+                   "its domain; a run that has not measured all four does not claim to be one")
         page.write(path)
         for name, value in results.items():
             print(f"{name}: {value:.4g}")
@@ -134,6 +165,16 @@ def _finish(experiment, path, weights, step, results) -> dict[str, float]:
 def generate(experiment: Experiment, path) -> dict[str, float]:
     """Answers the request of `config.generate` with a checkpoint of the folder."""
     return infer.answer(experiment, load(experiment, path)[0], path)
+
+
+def _card(config, params, step: int) -> list[tuple]:
+    """The four traits of a foundation model, as far as this run knows them."""
+    examples = step * config.train.batch_size
+    tasks = config.data.get("tasks", ())
+    return [("parameters", tree.count(params)), ("examples seen", examples),
+            ("sequence positions seen", examples * config.data.length),
+            ("tasks served", f"{len(tasks)}: {', '.join(tasks)}" if tasks else f"1: {config.objective.name}"),
+            ("score outside its domain", "not measured")]
 
 
 MODES = {"train": train, "evaluate": evaluate, "generate": generate, "plan": plan}

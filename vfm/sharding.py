@@ -6,6 +6,7 @@ A dimension that its mesh axes do not divide is replicated, and that is logged.
 """
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices, axis_types=(AxisType.Auto,) * len(shape))
 
 
+def make_rules(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """RULES with the changes of `config.sharding_rules`; `UserError` for names and mesh axes that are not known."""
+    rules = dict(RULES)
+    for name, axes in changes.items():
+        if name not in RULES:
+            raise unknown("dimension name", name, RULES, "config.sharding_rules")
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if axis not in MESH_AXES:
+                raise unknown("mesh axis", axis, MESH_AXES, f"config.sharding_rules.{name}")
+        # The batch is always a tuple of axes, possibly none.
+        rules[name] = ((axes,) if isinstance(axes, str) else tuple(axes or ())) if name == "batch" else axes
+    return rules
+
+
 _RULES: list[Mapping[str, Any]] = []
 
 
@@ -87,6 +102,12 @@ def use_mesh(mesh: Mesh, rules: Mapping[str, Any] = RULES) -> Iterator[Mesh]:
         _RULES.pop()
 
 
+@functools.cache
+def _warn_once(message: str) -> None:
+    # A model is traced many times.
+    logging.warning("%s", message)
+
+
 def spec(names: Sequence[str | None], rules: Mapping[str, Any], shape: Sequence[int], mesh, where: str) -> PartitionSpec:
     """Names of dimensions -> PartitionSpec; a dimension that its axes do not divide is replicated and logged."""
     axes = []
@@ -96,8 +117,8 @@ def spec(names: Sequence[str | None], rules: Mapping[str, Any], shape: Sequence[
         axis = rules[name] if name is not None else None
         parts = int(np.prod([mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())]))
         if parts > 1 and size % parts:
-            logging.warning("sharding: %s: dimension %r of size %d is replicated: mesh axes %s (%d) do not divide it",
-                            where, name, size, axis, parts)
+            _warn_once(f"sharding: {where}: dimension {name!r} of size {size} is replicated: mesh axes {axis} ({parts}) "
+                       "do not divide it")
             axis = None
         axes.append(axis if parts > 1 else None)
     return PartitionSpec(*axes)

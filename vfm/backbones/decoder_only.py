@@ -63,10 +63,12 @@ class DecoderOnly(nn.Module):
         index, valid, segments = jnp.arange(T), input_mask, segment_ids
         layer_cache, q_index = None, index
         if cache is not None:
+            if segment_ids is not None:
+                raise UserError("packed rows cannot be continued: a call with a cache takes no segment_ids")
             start = cache["index"][0]
             write = jax.lax.dynamic_update_slice_in_dim
             valid = write(cache["valid"], input_mask, start, axis=1)
-            index, q_index, segments, segment_ids = jnp.arange(valid.shape[1]), start + index, None, None
+            index, q_index, segments = jnp.arange(valid.shape[1]), start + index, None
             layer_cache = {name: cache[name] for name in ("key", "value", "index")}
         if positions is None:
             before = 0 if cache is None else cache["valid"].sum(axis=1, keepdims=True, dtype=jnp.int32)
@@ -78,7 +80,7 @@ class DecoderOnly(nn.Module):
                              name="positions")(positions)
         elif self.positions == "rope":
             table = rotary(positions, self.key_dim, self.rope_theta)
-        x = nn.Dropout(self.dropout)(x, deterministic=not train)
+        x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
         x, out = Transformer(
             self.depth, self.num_heads, self.mlp_dim, self.num_kv_heads, self.head_dim, self.norm, self.norm_epsilon,
             self.activation, self.gated, self.use_bias, self.dropout, remat=self.remat, dtype=self.dtype,

@@ -1,5 +1,7 @@
 """Data: sources (records) → data sets (rows) → pipeline (batches), all pure functions of seed and index."""
 
+import inspect
+
 from vfm.data.construct import construct
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
@@ -11,10 +13,14 @@ __all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "build", "eval_ba
 DATASETS = {"mixture": Mixture, "pairs": Pairs, "text": Text}
 
 
-def build(cfg, split: str, *, layout, tokenizer, **overrides):
+def build(cfg, split: str, *, layout, tokenizer, skip_corrupt: bool = False, **overrides):
     """One split of the data set that `cfg.name` names.
 
-    layout: `interleave.Layout` of the model. overrides: arguments that no config sets, such as
+    layout: `interleave.Layout` of the model. skip_corrupt: for the data sets that read all records to plan
+    their rows; the others leave it to the pipeline. overrides: arguments that no config sets, such as
     task="image->text", answer=False, train=False of `Pairs`.
     """
+    kind = DATASETS.get(cfg.get("name"))
+    if kind is not None and "skip_corrupt" in inspect.signature(kind).parameters:
+        overrides["skip_corrupt"] = skip_corrupt
     return construct("dataset", DATASETS, cfg, split=split, layout=layout, tokenizer=tokenizer, **overrides)

@@ -90,22 +90,27 @@ class _Items:
         for n, known in enumerate(self.arrays):
             if array is not None and known is array:
                 return n
-        n, wanted = len(self.arrays), tuple(self.modality.item_shape)
+        n = len(self.arrays)
         if n == self.modality.items:
             raise UserError(
                 f"modality {self.name!r}: found more than {n} item(s) in one row; the model's layout has "
                 f"items={self.modality.items}"
             )
         if array is not None:
-            value = np.asarray(array)
-            if value.shape != wanted:
-                raise UserError(
-                    f"modality {self.name!r}: found an item of shape {value.shape} (rank {value.ndim}), "
-                    f"expected {wanted} (rank {len(wanted)})"
-                )
-            self.inputs[n] = value
+            self.inputs[n] = check_shape(self.name, self.modality, np.asarray(array))
         self.arrays.append(array)
         return n
+
+
+def check_shape(name: str, modality: Modality, array: np.ndarray) -> np.ndarray:
+    """The item, if its shape is the modality's; else raises UserError with both shapes."""
+    wanted = tuple(modality.item_shape)
+    if array.shape != wanted:
+        raise UserError(
+            f"modality {name!r}: found an item of shape {array.shape} (rank {array.ndim}), "
+            f"expected {wanted} (rank {len(wanted)})"
+        )
+    return array
 
 
 def interleave(segments: Sequence[Text | Input | Output | Carry], layout: Layout, tokenizer) -> dict:

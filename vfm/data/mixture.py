@@ -20,7 +20,14 @@ class Mixture:
     """
 
     def __init__(
-        self, datasets: Mapping[str, Mapping], weights: Mapping[str, float], *, split: str, layout, tokenizer
+        self,
+        datasets: Mapping[str, Mapping],
+        weights: Mapping[str, float],
+        *,
+        split: str,
+        layout,
+        tokenizer,
+        skip_corrupt: bool = False,
     ):
         from vfm.data import build  # here, for the table of data sets holds this class
 
@@ -33,7 +40,10 @@ class Mixture:
                 f"dataset 'mixture': each data set needs a positive weight, found {dict(weights)} for "
                 f"{', '.join(datasets) or 'no data sets'}"
             )
-        self.datasets = [build(cfg, split, layout=layout, tokenizer=tokenizer) for cfg in datasets.values()]
+        self.datasets = [
+            build(cfg, split, layout=layout, tokenizer=tokenizer, skip_corrupt=skip_corrupt)
+            for cfg in datasets.values()
+        ]
         self.keys = frozenset().union(*(child.keys for child in self.datasets))
         share = np.array([weights[name] for name in datasets], np.float64)
         share /= share.sum()

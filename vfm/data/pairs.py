@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from vfm.data import augment as augmentation
-from vfm.data.interleave import Carry, Input, Layout, Output, Text, interleave
+from vfm.data.interleave import Carry, Input, Layout, Output, Text, check_shape, interleave
 from vfm.data.records import CorruptRecord
 from vfm.data.sources import build_source
 from vfm.errors import UserError, unknown
@@ -22,6 +22,8 @@ class Task:
     @staticmethod
     def split(spec: str) -> tuple[tuple[str, ...], str]:
         """(inputs, output) of "a+b->c"."""
+        if not isinstance(spec, str):
+            raise UserError(f"task {spec!r} is no text; it must have the form 'a+b->c'")
         left, arrow, output = (part.strip() for part in spec.partition("->"))
         inputs = tuple(part.strip() for part in left.split("+"))
         if not arrow or not output or not all(inputs) or "->" in output:
@@ -51,8 +53,9 @@ class Pairs:
     outputs the text input is the word itself. anchor: modality whose items are the epoch (the first source if
     empty); the others are drawn at random among the items of the same label. shuffle_inputs: random order of
     the inputs (in training; else the task's order). augment: {modality: fields of `augment.apply`}, in
-    training only.
+    training; what a task is to generate stays as it is.
     train: default split == "train". task: always this one. answer=False: `example` leaves the answer out.
+    opened: `sources` of another `Pairs` of the same split, to share what they hold in memory.
 
     Sequence: <bos>, the inputs, the marker <c> of the output modality c, then the word's tokens and <eos> as
     targets, or the signal positions of the item. Modalities of the sources that the task does not use travel
@@ -80,6 +83,7 @@ class Pairs:
         train: bool | None = None,
         task: str | None = None,
         answer: bool = True,
+        opened: Mapping | None = None,
     ):
         self.train = split == "train" if train is None else train
         self.layout, self.tokenizer, self.words = layout, tokenizer, tuple(words)
@@ -102,7 +106,14 @@ class Pairs:
         augmentation.check(augment or {}, {m: len(layout.modality(m).item_shape) for m in sources})
         self.augment = {m: dict(fields) for m, fields in (augment or {}).items()} if self.train else {}
         self._check_length()
-        self.sources = {modality: build_source(cfg, split) for modality, cfg in sources.items()}
+        self.sources = dict(opened or {})
+        for modality, cfg in sources.items():
+            if modality in self.sources:
+                continue
+            try:
+                self.sources[modality] = build_source(cfg, split)
+            except UserError as error:
+                raise UserError(f"data.sources.{modality}: {error}") from error
         self.rows = {modality: self._by_label(modality) for modality in self.sources}
         self._check_labels()
 
@@ -199,6 +210,9 @@ class Pairs:
         if modality not in arrays and len(arrays) != 1:
             raise UserError(f"modality {modality!r}: its source gives {sorted(record)}, not {modality!r}")
         array = record[modality if modality in arrays else arrays[0]]
+        check_shape(modality, self.layout.modality(modality), array)  # changes want the right rank
+        if not np.isfinite(array).all():
+            raise CorruptRecord(f"modality {modality!r}: item {index} of its source holds numbers that are not finite")
         fields = self.augment.get(modality) if change else None
         return augmentation.apply(array, rng, fields) if fields else array
 

@@ -1,13 +1,17 @@
 """Text rows for next-token training: documents, tokenised and packed."""
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 
 from vfm.data.interleave import Layout, interleave
 from vfm.data.packing import plan
+from vfm.data.records import CorruptRecord
 from vfm.data.sources import build_source
 from vfm.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Text:
@@ -20,23 +24,36 @@ class Text:
     vocabularies).
     Example: tokens, targets, loss_mask, input_mask, segment_ids (1, 2, … per piece, 0 padding), positions
     (from 0 in each piece), and empty entries for the layout's modalities. Row i is a pure function of i.
-    Raises UserError for a source without text; a damaged document raises CorruptRecord when the plan is made.
+    Raises UserError for a source without text; a damaged document raises CorruptRecord when the plan is made,
+    or with skip_corrupt is left out, and a warning tells how many were.
     """
 
     keys = frozenset({"segment_ids", "positions"})
 
-    def __init__(self, source: Mapping, *, split: str, layout: Layout, tokenizer, packing: str = "split"):
+    def __init__(self, source: Mapping, *, split: str, layout: Layout, tokenizer, packing: str = "split",
+                 skip_corrupt: bool = False):
         documents = build_source(source, split)
         self.layout, self.tokenizer = layout, tokenizer
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-        ids = []
+        ids, skipped = [], []
         for index in range(len(documents)):
-            item = documents[index]
+            try:
+                item = documents[index]
+            except CorruptRecord as error:
+                if not skip_corrupt:
+                    raise
+                skipped.append(str(error))
+                continue
             if "text" not in item:
                 raise UserError(f"dataset 'text': source {source['name']!r} gives {sorted(item)}, no 'text'")
             ids.append(
                 np.asarray([tokenizer.bos_id, *tokenizer.encode(item["text"]), tokenizer.eos_id], dtype)
             )
+        if not ids:
+            raise UserError(f"dataset 'text': all {len(skipped)} documents are corrupt; the first: {skipped[0]}")
+        if skipped:
+            log.warning("dataset 'text': %d of %d documents are corrupt and left out; the first: %s",
+                        len(skipped), len(documents), skipped[0])
         lengths = np.asarray([len(piece) for piece in ids], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self.ids = np.concatenate(ids)

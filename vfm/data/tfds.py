@@ -1,7 +1,7 @@
 """TFDS data sets in the array_record format, read without TensorFlow."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -119,10 +119,10 @@ class Tfds:
                 records = encoded.__getitems__(list(chunk))
             except Exception:  # a damaged chunk: find out which of its records can be read
                 records = [self._try(encoded, index) for index in chunk]
+            wanted = [*where, *([label] if label else [])]
             for index, record in zip(chunk, records):
-                if (
-                    record is None
-                ):  # kept without a label, so that reading it is refused (or skipped and counted)
+                # Kept without a label, so that reading it is refused (or skipped and counted).
+                if record is None or _empty(record, wanted):
                     keep.append(index)
                     labels.append(-1)
                 elif all(pattern.search(_text(record[feature])) for feature, pattern in where.items()):
@@ -153,13 +153,19 @@ class Tfds:
             try:
                 raw = self.data[position]
             except Exception as error:  # array_record and TFDS raise many kinds for a damaged record
-                raise CorruptRecord(
-                    f"{self.folder}, split {self.tfds_split!r}, record {position} cannot be read: {error}"
-                ) from error
+                raise self._corrupt(position, re.sub(r" at 0x\w+", "", str(error))) from error
+            if _empty(raw, self.features):
+                raise self._corrupt(position, "it is empty")
             raw = {feature: raw[feature] for feature in self.features}
             if self.cache is not None:
                 self.cache[position] = raw
         return {kind: self._convert(raw[feature], kind) for feature, kind in self.features.items()}
+
+    def _corrupt(self, position: int, why: str) -> CorruptRecord:
+        return CorruptRecord(
+            f"{self.folder}, split {self.tfds_split!r}, record {position} cannot be read; the file may be damaged "
+            f"or truncated: {why}"
+        )
 
     def _convert(self, value, kind: str):
         if kind == "label":
@@ -174,6 +180,11 @@ class Tfds:
             array = fit(array, self.samples).astype(np.float32)
             return array / np.float32(self.full_scale) if integers else array
         return array.astype(np.float32)
+
+
+def _empty(record: Mapping, features: Iterable[str]) -> bool:
+    """Whether a feature has no value: array_record gives such records for a file that ends too early."""
+    return any(record[feature] is None for feature in features)
 
 
 def _text(value) -> str:

@@ -22,10 +22,12 @@ def mel_to_hz(mel: np.ndarray) -> np.ndarray:
     return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
 
 
-def mel_filterbank(n_mels: int, n_fft: int, sample_rate: int) -> np.ndarray:
-    """Triangular filters of unit area, float32[n_fft / 2 + 1, n_mels], from 0 Hz to half the sample rate."""
+def mel_filterbank(n_mels: int, n_fft: int, sample_rate: int, max_frequency: float | None = None) -> np.ndarray:
+    """Triangular filters of unit area, float32[n_fft / 2 + 1, n_mels], from 0 Hz to `max_frequency` (None: half the
+    sample rate)."""
+    max_frequency = sample_rate / 2 if max_frequency is None else max_frequency
     bins = np.linspace(0, sample_rate / 2, n_fft // 2 + 1)[:, None]
-    edges = mel_to_hz(np.linspace(hz_to_mel(0), hz_to_mel(sample_rate / 2), n_mels + 2))
+    edges = mel_to_hz(np.linspace(hz_to_mel(0), hz_to_mel(max_frequency), n_mels + 2))
     low, mid, high = edges[None, :-2], edges[None, 1:-1], edges[None, 2:]
     triangle = np.maximum(0, np.minimum((bins - low) / (mid - low), (high - bins) / (high - mid)))
     return (triangle * 2 / (high - low)).astype(np.float32)
@@ -41,14 +43,15 @@ def power_spectrogram(waveform: jax.Array, n_fft: int, hop: int) -> jax.Array:
     return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
 
 
-def log_mel(waveform: jax.Array, *, sample_rate: int, n_fft: int, hop: int, n_mels: int) -> jax.Array:
+def log_mel(waveform: jax.Array, *, sample_rate: int, n_fft: int, hop: int, n_mels: int,
+            max_frequency: float | None = None) -> jax.Array:
     """Log-mel spectrogram as Whisper takes it (Radford et al. 2022): float[B, S] -> float32[B, S / hop, n_mels].
 
     log10 of the mel power, cut 8 decades below the loudest bin of the item, then (x + 4) / 4: about [-1, 1]. The last
     frame is dropped.
     """
     power = power_spectrogram(waveform, n_fft, hop)[:, :-1]
-    mel = jnp.einsum("btf,fm->btm", power, mel_filterbank(n_mels, n_fft, sample_rate))
+    mel = jnp.einsum("btf,fm->btm", power, mel_filterbank(n_mels, n_fft, sample_rate, max_frequency))
     level = jnp.log10(jnp.maximum(mel, 1e-10))
     level = jnp.maximum(level, jnp.max(level, axis=(1, 2), keepdims=True) - 8.0)
     return (level + 4.0) / 4.0

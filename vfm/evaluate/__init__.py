@@ -1,4 +1,7 @@
-"""Named evaluators: `EVALUATORS[name](experiment, params, variables, split, limit) -> Evaluation`."""
+"""Named evaluators: `EVALUATORS[name](experiment, params, variables, split, limit) -> Evaluation`.
+
+`CHECKS[name](experiment)` raises `UserError` for a config that the evaluator cannot work with, before the training.
+"""
 
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ class Evaluation(NamedTuple):
     samples: dict[str, tuple[str, list[list[Any]]]]
 
 
-from vfm.evaluate.any_to_any import any_to_any  # noqa: E402
+from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
 
 EVALUATORS = {"any_to_any": any_to_any}
+CHECKS = {"any_to_any": check_any_to_any}

@@ -4,11 +4,25 @@ from typing import Any
 
 import numpy as np
 
+from vfm.data.pairs import Task
+from vfm.errors import UserError
 from vfm.evaluate import Evaluation
 from vfm.evaluate.judge import Judge
 from vfm.generate import generate
 
 SAMPLES = 8
+
+
+def check_any_to_any(experiment) -> None:
+    """Refuses a config without tasks, and a backbone without room for prompt and answer."""
+    config, max_len = experiment.config, experiment.model.backbone.max_len
+    if "tasks" not in config.data or "words" not in config.data:
+        raise UserError(f"the evaluator 'any_to_any' needs config.data.tasks and .words; the dataset {config.data.name!r} "
+                        "has none. Leave it out of config.eval.evaluators")
+    room = config.data.length + _max_new(experiment.tokenizer, config.data.words)
+    if any(Task.split(task)[1] == "text" for task in config.data.tasks) and room > max_len:
+        raise UserError(f"the evaluator 'any_to_any' generates up to position {room}: config.data.length="
+                        f"{config.data.length} and the longest word; model.backbone.max_len={max_len} is too small")
 
 
 def any_to_any(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
@@ -46,7 +60,7 @@ def any_to_any(experiment, params, variables, split: str, limit: int | None) -> 
 
 def _to_text(experiment, variables, prompts, limit):
     tokenizer = experiment.tokenizer
-    max_new = max(len(tokenizer.encode(word)) for word in prompts.words) + 1
+    max_new = _max_new(tokenizer, prompts.words)
     right, count, rows = 0, 0, []
     for host, batch in experiment.eval_batches(prompts, limit):
         with experiment.use_mesh():
@@ -58,6 +72,10 @@ def _to_text(experiment, variables, prompts, limit):
             if len(rows) < SAMPLES:
                 rows.append([*_input_cells(experiment, host, b), ("text", f"→ {answer}"), ("text", f"truth: {truth}")])
     return right / max(count, 1), rows
+
+
+def _max_new(tokenizer, words) -> int:
+    return max(len(tokenizer.encode(word)) for word in words) + 1  # and <eos>
 
 
 def _to_item(experiment, variables, prompts, output, judge, limit):

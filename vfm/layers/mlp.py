@@ -13,14 +13,17 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
 }
 
-# The residual branch starts small, so that the variance of a deep stack stays near that of its input.
+
 def residual_init(depth: int) -> nn.initializers.Initializer:
-    """Fan-in initialiser scaled by 1 / (2 depth), for the last kernel of a residual branch (GPT-2)."""
+    """Fan-in initialiser scaled by 1 / (2 depth), for the last kernel of a residual branch (GPT-2).
+
+    The branches start small, so that the variance of a deep stack stays near that of its input.
+    """
     return nn.initializers.variance_scaling(1.0 / (2 * max(depth, 1)), "fan_in", "truncated_normal")
 
 
 class MLP(nn.Module):
-    """Feed-forward layer, float[..., D] -> float[..., D].
+    """Feed-forward layer, float[B, T, D] -> float[B, T, D].
 
     Plain: down(act(up(x))) (Vaswani et al. 2017). Gated: down(act(gate(x)) * up(x)); with `silu` this is SwiGLU
     (Shazeer 2020). `depth` is the depth of the residual stack that the layer stands in, for its initialisation.

@@ -44,8 +44,8 @@ class Block(nn.Module):
         def norm(name, x):
             return make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=self.use_bias, dtype=self.dtype, name=name)(x)
 
-        def residual(x, y):
-            y = nn.Dropout(self.dropout)(y, deterministic=not train)
+        def residual(name, x, y):
+            y = nn.Dropout(self.dropout, name=f"dropout_{name}")(y, deterministic=not train)
             return constrain(x + y, "batch", "length", "width")
 
         def attention(name):
@@ -54,13 +54,13 @@ class Block(nn.Module):
 
         out = {}
         y, cache = attention("attention")(norm("norm_attention", x), mask=mask, table=table, cache=cache)
-        x = residual(x, y)
+        x = residual("attention", x, y)
         if self.cross:
             y, _ = attention("cross_attention")(norm("norm_cross", x), context, mask=context_mask)
-            x = residual(x, y)
+            x = residual("cross", x, y)
         mlp = MLP(self.mlp_dim, self.activation, self.gated, self.use_bias, depth=self.depth, dtype=self.dtype,
                   name="mlp")
-        x = residual(x, mlp(norm("norm_mlp", x), train=train))
+        x = residual("mlp", x, mlp(norm("norm_mlp", x), train=train))
         out["x"] = x
         return x, (cache, out)
 

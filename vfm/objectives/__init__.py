@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from vfm.errors import UserError, unknown
+from vfm.data.construct import construct
 from vfm.metrics import Metric
 
 Term = tuple[float, jax.Array, jax.Array]
@@ -39,11 +39,4 @@ OBJECTIVES = {"any_to_any": any_to_any, "next_token": next_token}
 
 def build(cfg: Mapping[str, Any], model: nn.Module) -> LossFn:
     """The loss function of `config.objective`: {name, **fields}; `UserError` for unknown names and fields."""
-    fields = dict(cfg)
-    name = fields.pop("name", None)
-    if name not in OBJECTIVES:
-        raise unknown("objective", name, OBJECTIVES, "config.objective")
-    try:
-        return OBJECTIVES[name](model, **fields)
-    except TypeError as error:
-        raise UserError(f"config.objective ({name}): {error}") from None
+    return construct("objective", OBJECTIVES, cfg, model=model)

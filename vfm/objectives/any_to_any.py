@@ -37,8 +37,9 @@ def any_to_any(model, *, text: float = 1.0, conversion: float = 1.0, generation:
             if "decoded" in found:
                 terms[f"generation_{name}"] = (generation, *squared_error(found["decoded"], items, generated))
             if "reconstructed" in found:
+                shown = present * jnp.any(items != 0, axis=tuple(range(2, items.ndim)))  # an absent item is all zeros
                 terms[f"reconstruction_{name}"] = (
-                    reconstruction, *squared_error(found["reconstructed"], items, present))
+                    reconstruction, *squared_error(found["reconstructed"], items, shown))
         return terms, Aux(measured, variables)
 
     return loss_fn

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from vfm import metrics
+from vfm.errors import UserError
 from vfm.model import INPUTS
 from vfm.objectives import Aux
 
@@ -25,6 +26,8 @@ def cross_entropy(logits: jax.Array, batch) -> tuple[metrics.Metric, metrics.Met
 
 def next_token(model):
     """-log p(next token), mean over the positions of `loss_mask` (GPT, Radford et al. 2018, eq. 1). Term: text, in nats."""
+    if "text" not in model.decoders:
+        raise UserError("config.objective: next_token needs model.decoders.text, which gives the logits")
 
     def loss_fn(params, variables, batch, rng, *, train: bool):
         logits, _ = apply(model, params, variables, batch, rng, train=train)

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -239,7 +240,7 @@ class Checkpointer:
         """
         found = self._verified(step)
         if found is None:
-            raise UserError(f"there is no checkpoint in {self.directory}")
+            raise UserError(f"there is no checkpoint in {self.directory}; train first")
         path = self.directory / str(found)
         abstract = jax.tree.map(_abstract, abstract)
         self._check_fit(path, abstract, partial=True)
@@ -360,7 +361,8 @@ class Checkpointer:
             handler.close()
         wanted = _leaves(abstract)
         differences = []
-        for name in sorted(wanted if partial else wanted | saved):
+        # Parameters first: the optimizer's state differs wherever they do.
+        for name in sorted(wanted if partial else wanted | saved, key=lambda name: (not name.startswith("params"), name)):
             if name not in saved:
                 differences.append(f"{name}: {_show(wanted[name])} in the model, not in the checkpoint")
             elif name not in wanted:
@@ -385,9 +387,21 @@ class Checkpointer:
         except Exception as error:
             if isinstance(error, OSError) or _STORAGE.search(str(error)):
                 found = _STORAGE.search(str(error))
+                _ignore_closed_loops()
                 reason = getattr(error, "strerror", None) or (found[0] if found else str(error))
                 raise UserError(f"the checkpoint {what} (in {self.directory}): {reason}") from error
             raise
+
+
+def _ignore_closed_loops() -> None:
+    """After a failed write the writes beside it still end, on an event loop that orbax has closed: traceback for each."""
+    previous = sys.unraisablehook
+
+    def hook(info):
+        if not (isinstance(info.exc_value, RuntimeError) and "Event loop is closed" in str(info.exc_value)):
+            previous(info)
+
+    sys.unraisablehook = hook
 
 
 def _abstract(leaf) -> jax.ShapeDtypeStruct:

@@ -313,4 +313,9 @@ def _call(function, fields, where, *args, also=()):
     for field in fields:
         if field not in names:
             raise unknown(f"field of {function.__name__.strip('_')}", field, [*names, *also], where)
+        default = inspect.signature(function).parameters[field].default
+        if isinstance(default, float) and (isinstance(fields[field], bool) or not isinstance(fields[field], int | float)):
+            raise UserError(f"{where}.{field}={fields[field]!r} must be a number")
+        if field == "mu_dtype" and fields[field] not in (None, "float32", "bfloat16", "float16"):
+            raise unknown("dtype", fields[field], ("float32", "bfloat16", "float16"), f"{where}.mu_dtype")
     return function(*args, **fields)

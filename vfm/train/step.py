@@ -66,9 +66,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay:
-            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+            # In this form the average of a frozen parameter stays the parameter, to the last bit.
+            ema = jax.tree.map(lambda average, p: average + (1.0 - ema_decay) * (p - average), ema, params)
         one = jnp.ones(())
-        measured = {**measured, "loss": (loss, one), "grad_norm": (optax.global_norm(grads), one),
+        measured = {**measured, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one),
                     "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one)}
         if "skipped" in batch:
             measured["skipped_records"] = (batch["skipped"].astype(jnp.float32), one)

@@ -1,0 +1,86 @@
+"""Every file of configs/ runs, at its smoke size, from its config to its report."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from tests import tiny
+from vfm.errors import UserError
+from vfm.run import run
+
+FILES = sorted(path for path in Path(__file__).parents[1].joinpath("configs").glob("*.py")
+               if path.name not in ("common.py", "__init__.py"))  # fmt: skip
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
+
+
+def load(file):
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def values(config, prefix=""):
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def check_value(name, value):
+    """What a flag can set and JSON can hold: tuples, not lists; no None, of which a flag would not know the type."""
+    assert isinstance(value, bool | int | float | str | tuple | dict), f"{name}: {value!r}"
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ():
+        check_value(name, item)
+
+
+@every_file
+@pytest.mark.parametrize("arg", ["", "smoke"])
+def test_config(file, arg):
+    config = load(file).get_config(arg)
+    assert config.lock().is_locked
+    with pytest.raises((AttributeError, KeyError)):
+        config.model.no_such_field = 1
+    for name, value in values(config):
+        check_value(name, value)
+    assert json.loads(json.dumps(config.to_dict())).keys() == config.keys()
+    config.update_from_flattened_dict({"train.steps": 3, "optimizer.learning_rate": 1e-4})
+    assert load(file).get_config(arg) is not load(file).get_config(arg)  # a change of one is not seen in the next
+    assert config.train.steps == 3 != load(file).get_config(arg).train.steps
+
+
+@every_file
+def test_no_argument_is_the_full_config(file):
+    module = load(file)
+    assert module.get_config().to_json() == module.get_config("").to_json() != module.get_config("smoke").to_json()
+    assert module.__doc__ and f"configs/{file.name}:smoke" in module.__doc__
+
+
+@every_file
+def test_an_unknown_variant_is_refused(file):
+    with pytest.raises(UserError, match=f"unknown variant 'smokee' in configs/{file.name}.*did you mean 'smoke'"):
+        load(file).get_config("smokee")
+
+
+@every_file
+def test_the_smoke_size_runs_end_to_end(file, tmp_path):
+    config = load(file).get_config("smoke")
+    config.lock()
+    assert config.train.steps <= 10
+    results = run(config, str(tmp_path))
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] == config.train.steps and "test_loss" in results
+    history = tiny.history(tmp_path)
+    assert {r["split"] for r in history} == {"train", "validation"} and history[-1]["step"] == config.train.steps
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert tiny.steps_on_disk(tmp_path)[-1] == config.train.steps
