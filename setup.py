@@ -1,5 +1,7 @@
 """Package `vfm` (the library) and `experiments` (the command line)."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 TFDS = ["tensorflow-datasets>=4.9.10", "array_record>=0.8.6", "importlib_resources>=6"]
@@ -8,7 +10,7 @@ setup(
     name="vfm",
     version="0.1.0",
     description="Vertical foundation models from scratch, for any modalities, in JAX and Flax",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["vfm", "vfm.*", "experiments", "experiments.*"]),

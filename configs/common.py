@@ -16,33 +16,39 @@ def check_variant(arg: str, config: str, variants: tuple[str, ...]) -> None:
 
 def base() -> ConfigDict:
     """Sections that all configs share; a config adds model, tokenizer, data and objective."""
-    return ConfigDict({
-        "title": "",
-        "seed": 0,
-        "mode": "train",
-        "allow_changed_config": False,
-        "train": {"steps": 1000, "batch_size": 64, "accumulate": 1, "ema": 0.0},
-        "optimizer": {
-            "name": "adamw",
-            "learning_rate": 1e-3,
-            "schedule": {"name": "cosine", "warmup_steps": 100},
-            "clip_norm": 1.0,
-            "weight_decay": 0.01,
-        },
-        "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-        "distributed": {"coordinator": "", "num_processes": 0, "process_id": -1},  # as is: from the environment, if any
-        "eval": {
-            "every": 500,
-            "split": "validation",
-            "limit": 256,
-            "test_split": "test",
-            "test_limit": 0,
-            "batch_size": 64,
-            "evaluators": (),
-            "judge_examples": 2000,
-            "checkpoint": "latest",
-        },
-        "checkpoint": {"every": 500, "keep": 2, "keep_best": 1, "best_metric": "loss", "best_mode": "min"},
-        "log": {"every": 20, "tensorboard": True},
-        "generate": {"task": "", "text": "", "files": "", "max_new": 32, "temperature": 0.0, "samples": 1},
-    })
+    return ConfigDict(
+        {
+            "title": "",
+            "seed": 0,
+            "mode": "train",
+            "allow_changed_config": False,
+            "train": {"steps": 1000, "batch_size": 64, "accumulate": 1, "ema": 0.0},
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 1e-3,
+                "schedule": {"name": "cosine", "warmup_steps": 100},
+                "clip_norm": 1.0,
+                "weight_decay": 0.01,
+            },
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "distributed": {
+                "coordinator": "",
+                "num_processes": 0,
+                "process_id": -1,
+            },  # as is: from the environment, if any
+            "eval": {
+                "every": 500,
+                "split": "validation",
+                "limit": 256,
+                "test_split": "test",
+                "test_limit": 0,
+                "batch_size": 64,
+                "evaluators": (),
+                "judge_examples": 2000,
+                "checkpoint": "latest",
+            },
+            "checkpoint": {"every": 500, "keep": 2, "keep_best": 1, "best_metric": "loss", "best_mode": "min"},
+            "log": {"every": 20, "tensorboard": True},
+            "generate": {"task": "", "text": "", "files": "", "max_new": 32, "temperature": 0.0, "samples": 1},
+        }
+    )

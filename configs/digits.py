@@ -62,8 +62,16 @@ def model(image_size, patch_size, upsample, num_samples, n_fft, width=64, depth=
         "encoders": {
             "text": {"name": "text", "vocab_size": vocab_size, "width": width},
             "image": {"name": "vit", "image_size": image_size, "patch_size": patch_size, "depth": depth, **transformer},
-            "audio": {"name": "audio", "num_samples": num_samples, "n_fft": n_fft, "hop": hop, "n_mels": 64,
-                      "frames": frames, "depth": depth, **transformer},
+            "audio": {
+                "name": "audio",
+                "num_samples": num_samples,
+                "n_fft": n_fft,
+                "hop": hop,
+                "n_mels": 64,
+                "frames": frames,
+                "depth": depth,
+                **transformer,
+            },
         },
         "input_projectors": {"text": {"name": "linear", "width": width}, "image": into, "audio": into},
         "backbone": {"name": "decoder_only", "depth": 2, "max_len": 64, **transformer},
@@ -89,12 +97,19 @@ def recorded(c: ConfigDict) -> None:
     others = "_(george|jackson|nicolas|yweweler)_"
     c.data.sources = {
         "image": {
-            "name": "tfds", "dataset": "mnist:3.0.1", "data_dir": folder, "cache": True,
+            "name": "tfds",
+            "dataset": "mnist:3.0.1",
+            "data_dir": folder,
+            "cache": True,
             "features": {"image": "image", "label": "label"},
             "splits": {"train": "train[:59000]", "validation": "train[59000:]", "test": "test"},
         },
         "audio": {
-            "name": "tfds", "dataset": "spoken_digit:1.0.9", "data_dir": folder, "cache": True, "samples": 8192,
+            "name": "tfds",
+            "dataset": "spoken_digit:1.0.9",
+            "data_dir": folder,
+            "cache": True,
+            "samples": 8192,
             "features": {"audio": "audio", "label": "label"},
             "splits": {"train": "train", "validation": "train", "test": "train"},
             "where": {

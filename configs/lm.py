@@ -23,8 +23,16 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model = {
         "centre": "text",
         "encoders": {"text": {"name": "text", "vocab_size": 259, "width": width}},
-        "backbone": {"name": "decoder_only", "width": width, "depth": 4, "num_heads": 4, "num_kv_heads": 2,
-                     "mlp_dim": 256 if style["gated"] else 512, "max_len": 2 * length, **style},
+        "backbone": {
+            "name": "decoder_only",
+            "width": width,
+            "depth": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "mlp_dim": 256 if style["gated"] else 512,
+            "max_len": 2 * length,
+            **style,
+        },
         "decoders": {"text": {"name": "text", "vocab_size": 259, "tied": arg == "gpt2"}},
     }
     c.objective = {"name": "next_token"}

@@ -69,8 +69,10 @@ def load(spec: str) -> ConfigDict:
     path = pathlib.Path(name)
     if not path.is_file():
         near = difflib.get_close_matches(name, [str(file) for file in path.parent.glob("*.py")], n=1)
-        raise UserError(f"config file {name!r} {'is a folder' if path.is_dir() else 'does not exist'}"
-                        + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise UserError(
+            f"config file {name!r} {'is a folder' if path.is_dir() else 'does not exist'}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     module_spec = importlib.util.spec_from_file_location("vfm_config", path)
     if module_spec is None:
         raise UserError(f"config file {name!r} is not a Python file, NAME.py")
@@ -89,8 +91,9 @@ def load(spec: str) -> ConfigDict:
         if isinstance(error, SyntaxError) and error.filename == module_spec.origin:
             lines = [error.lineno]
         where = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"config file {name!r}{where}: {type(error).__name__}: "
-                        + str(error).replace("\\n", " ")) from error  # ml_collections shows its lines as a repr
+        raise UserError(
+            f"config file {name!r}{where}: {type(error).__name__}: " + str(error).replace("\\n", " ")
+        ) from error  # ml_collections shows its lines as a repr
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {name!r}: get_config must return a ConfigDict, not a {type(config).__name__}")
     return config
@@ -120,12 +123,14 @@ def _check_field(name: str, fields: dict[str, Any]) -> None:
         near = max(fields, key=lambda field: max(ratio(name, field), 0.95 * ratio(leaf(name), leaf(field))))
         raise UserError(
             f"unknown config field {name!r}; did you mean {near!r}? Fields of {section}: "
-            f"{', '.join(map(leaf, siblings))}. A field that is not in the config yet is set in the config file")
+            f"{', '.join(map(leaf, siblings))}. A field that is not in the config yet is set in the config file"
+        )
     if section == name:
         raise UserError(f"{name} is a section, not a field; set its fields, such as --{(siblings or [f'{name}.x'])[0]}")
     if not isinstance(fields[name], bool | int | float | str | tuple):
-        raise UserError(f"{name} is {fields[name]!r} in the config file, so that a flag does not know its type; "
-                        "set it in the file")
+        raise UserError(
+            f"{name} is {fields[name]!r} in the config file, so that a flag does not know its type; set it in the file"
+        )
 
 
 def _check_tuples(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -4,11 +4,19 @@ from configs import digits
 
 SOURCES = {
     "folder": {"name": "image_folder", "dir": "data", "mode": "L"},
-    "npz": {"name": "npz", "dir": "data", "arrays": {"image": "x"},
-            "paths": {split: f"{split}.npz" for split in ("train", "validation", "test")}},
-    "tfds": {"name": "tfds", "data_dir": "data", "dataset": "dots:1.0.0",
-             "features": {"image": "image", "label": "label"},
-             "splits": {"train": "train", "validation": "train", "test": "train"}},
+    "npz": {
+        "name": "npz",
+        "dir": "data",
+        "arrays": {"image": "x"},
+        "paths": {split: f"{split}.npz" for split in ("train", "validation", "test")},
+    },
+    "tfds": {
+        "name": "tfds",
+        "data_dir": "data",
+        "dataset": "dots:1.0.0",
+        "features": {"image": "image", "label": "label"},
+        "splits": {"train": "train", "validation": "train", "test": "train"},
+    },
     "nofield": {"name": "image_folder"},
 }
 
@@ -42,8 +50,17 @@ def get_config(arg=""):
     c.log.update(every=1, tensorboard=False)
     if arg == "text":
         del c.data
-        c.data = {"name": "text", "length": 16, "skip_corrupt": False, "workers": 0, "source": {
-            "name": "jsonl", "dir": "data", "paths": {s: f"{s}.jsonl" for s in ("train", "validation", "test")}}}
+        c.data = {
+            "name": "text",
+            "length": 16,
+            "skip_corrupt": False,
+            "workers": 0,
+            "source": {
+                "name": "jsonl",
+                "dir": "data",
+                "paths": {s: f"{s}.jsonl" for s in ("train", "validation", "test")},
+            },
+        }
     if arg == "block_field":
         c.model.encoders.image.pathc_size = 2
     if arg == "objective_field":

@@ -80,10 +80,16 @@ class Row:
 
 # What is told from the command line and the config alone: no data is opened, nothing is compiled.
 CONFIG = [
-    Row("unknown_field", "--config.train.stpes=3", (
-        "'config.train.stpes'", "did you mean 'config.train.steps'?", "accumulate, batch_size, ema, steps")),
-    Row("field_of_another_section", "--config.train.learning_rate=1",
-        ("did you mean 'config.optimizer.learning_rate'?",)),
+    Row(
+        "unknown_field",
+        "--config.train.stpes=3",
+        ("'config.train.stpes'", "did you mean 'config.train.steps'?", "accumulate, batch_size, ema, steps"),
+    ),
+    Row(
+        "field_of_another_section",
+        "--config.train.learning_rate=1",
+        ("did you mean 'config.optimizer.learning_rate'?",),
+    ),
     Row("unknown_section", "--config.optimiser.name=lion", ("did you mean 'config.optimizer.name'?",)),
     Row("wrong_type", "--config.train.steps=abc", ("--config.train.steps=abc", "expected int, such as 2")),
     Row("wrong_boolean", "--config.log.tensorboard=maybe", ("--config.log.tensorboard=maybe", "expected bool")),
@@ -94,34 +100,56 @@ CONFIG = [
     Row("argument_without_flag", "train", ("'train'", "--flag=value")),
     Row("no_workdir", "--workdir=", ("--workdir is missing",)),
     Row("no_config", "--config=", ("--config is missing", "--config=configs/digits.py")),
-    Row("config_file_missing", "--config=configs/digit.py",
-        ("'configs/digit.py' does not exist", "'configs/digits.py'")),
+    Row(
+        "config_file_missing", "--config=configs/digit.py", ("'configs/digit.py' does not exist", "'configs/digits.py'")
+    ),
     Row("config_syntax", "", ("broken.py', line 2: SyntaxError",), make=on_disk.file("\ndef get_config(:\n")),
-    Row("config_raises", "",
-        ("broken.py', line 2: ZeroDivisionError",), make=on_disk.file("def get_config():\n  return 1 / 0\n")),
+    Row(
+        "config_raises",
+        "",
+        ("broken.py', line 2: ZeroDivisionError",),
+        make=on_disk.file("def get_config():\n  return 1 / 0\n"),
+    ),
     Row("config_is_no_config", "", ("ConfigDict", "not a dict"), make=on_disk.file("def get_config():\n  return {}\n")),
-    Row("config_sets_unknown_field", "", ("line 4: AttributeError", "stpes", "steps"), make=on_disk.file("""\
+    Row(
+        "config_sets_unknown_field",
+        "",
+        ("line 4: AttributeError", "stpes", "steps"),
+        make=on_disk.file("""\
         from configs import digits
         def get_config():
             c = digits.get_config().lock()
             c.train.stpes = 3
-        """)),
+        """),
+    ),
     Row("unknown_variant", "--config=configs/digits.py:tfsd", ("'tfsd'", "configs/digits.py", "did you mean 'tfds'?")),
     Row("section_is_missing", "", ("no section 'objective'",), "section"),
     Row("unknown_mode", "--config.mode=trian", ("'trian'", "config.mode", "did you mean 'train'?")),
     Row("unknown_block", "--config.model.encoders.image.name=vitt", ("'vitt' in model.encoders.image", "'vit'?")),
     Row("unknown_block_field", "", ("'pathc_size' in model.encoders.image", "'patch_size'?"), "block_field"),
     Row("block_field_zero", "--config.model.backbone.num_heads=0", ("model.backbone.num_heads=0", "whole number > 0")),
-    Row("block_field_shape", "--config.model.encoders.image.image_size=(8,)",
-        ("image.image_size=(8,)", "tuple[int, int]")),
+    Row(
+        "block_field_shape",
+        "--config.model.encoders.image.image_size=(8,)",
+        ("image.image_size=(8,)", "tuple[int, int]"),
+    ),
     Row("dropout_out_of_range", "", ("model.backbone.dropout=1.5", "less than 1"), "dropout"),
     Row("unknown_dtype", "--config.model.dtype=float33", ("'float33'", "did you mean 'float32'?")),
-    Row("widths_into_backbone", "--config.model.backbone.width=12", (
-        "input_projectors.image (Linear) gives width 8", "backbone (DecoderOnly) takes width 12")),
-    Row("widths_of_a_modality", "--config.model.output_projectors.image.width=12", (
-        "output_projectors.image (Linear) gives width 12", "encoders.image (ViT)", "takes width 8")),
-    Row("decoder_features", "--config.model.decoders.image.grid=(3,3)", (
-        "encoders.image (ViT) gives number of features 4", "decoders.image (ConvDecoder) takes number of features 9")),
+    Row(
+        "widths_into_backbone",
+        "--config.model.backbone.width=12",
+        ("input_projectors.image (Linear) gives width 8", "backbone (DecoderOnly) takes width 12"),
+    ),
+    Row(
+        "widths_of_a_modality",
+        "--config.model.output_projectors.image.width=12",
+        ("output_projectors.image (Linear) gives width 12", "encoders.image (ViT)", "takes width 8"),
+    ),
+    Row(
+        "decoder_features",
+        "--config.model.decoders.image.grid=(3,3)",
+        ("encoders.image (ViT) gives number of features 4", "decoders.image (ConvDecoder) takes number of features 9"),
+    ),
     Row("decoder_shape", "--config.model.decoders.image.upsample=(2,3)", ("(12, 12, 1)", "(8, 8, 1)", "ConvDecoder")),
     Row("heads_do_not_divide", "--config.model.backbone.num_heads=3", ("num_heads=3", "width=8")),
     Row("unknown_centre", "--config.model.centre=imag", ("model.centre='imag'", "image, text")),
@@ -130,21 +158,35 @@ CONFIG = [
     Row("unknown_optimizer", "--config.optimizer.name=adam", ("'adam' in optimizer.name", "did you mean 'adamw'?")),
     Row("unknown_optimizer_field", "", ("adamw 'b3' in optimizer", "b1, b2"), "optimizer_field"),
     Row("optimizer_field_is_no_number", "", ("optimizer.b1='big' must be a number",), "optimizer_number"),
-    Row("unknown_schedule", "--config.optimizer.schedule.name=cosin",
-        ("'cosin' in optimizer.schedule.name", "'cosine'?")),
+    Row(
+        "unknown_schedule",
+        "--config.optimizer.schedule.name=cosin",
+        ("'cosin' in optimizer.schedule.name", "'cosine'?"),
+    ),
     Row("warmup_too_long", "--config.optimizer.schedule.warmup_steps=5", ("warmup_steps=5", "less than train.steps=2")),
     Row("learning_rate_nan", "--config.optimizer.learning_rate=nan", ("optimizer.learning_rate=nan", "positive")),
-    Row("frozen_matches_nothing", "--config.optimizer.frozen=encoder/.*", (
-        "optimizer.frozen", "'encoder/.*' matches no parameter", "backbone/transformer/")),
+    Row(
+        "frozen_matches_nothing",
+        "--config.optimizer.frozen=encoder/.*",
+        ("optimizer.frozen", "'encoder/.*' matches no parameter", "backbone/transformer/"),
+    ),
     Row("frozen_is_no_regex", "--config.optimizer.frozen=((", ("optimizer.frozen", "'((' is not a regular expression")),
-    Row("unknown_evaluator", "--config.eval.evaluators=any_to_al",
-        ("'any_to_al'", "config.eval.evaluators", "any_to_any")),
-    Row("no_room_to_generate", "--config.eval.evaluators=any_to_any --config.model.backbone.max_len=16", (
-        "position 22", "config.data.length=16", "model.backbone.max_len=16")),
+    Row(
+        "unknown_evaluator",
+        "--config.eval.evaluators=any_to_al",
+        ("'any_to_al'", "config.eval.evaluators", "any_to_any"),
+    ),
+    Row(
+        "no_room_to_generate",
+        "--config.eval.evaluators=any_to_any --config.model.backbone.max_len=16",
+        ("position 22", "config.data.length=16", "model.backbone.max_len=16"),
+    ),
     Row("unknown_tokenizer", "--config.tokenizer.name=bpe", ("'bpe'", "byte")),
-    Row("vocabulary_too_small",
+    Row(
+        "vocabulary_too_small",
         "--config.model.encoders.text.vocab_size=100 --config.model.decoders.text.vocab_size=100",
-        ("model.encoders.text.vocab_size=100", "262")),
+        ("model.encoders.text.vocab_size=100", "262"),
+    ),
     Row("vocabularies_differ", "--config.model.decoders.text.vocab_size=300", ("encoders.text", "262", "300")),
     Row("text_beyond_max_len", "--config.data.length=64", ("config.data.length=64", "model.backbone.max_len=32")),
     Row("batch_and_mesh", "--config.train.batch_size=12", ("config.train.batch_size=12", "data × fsdp = 1 × 8")),
@@ -156,13 +198,23 @@ CONFIG = [
     Row("unknown_mesh_axis", "", ("'pipeline' in config.mesh", "data, expert, fsdp"), "mesh_axis"),
     Row("no_steps", "--config.train.steps=0", ("config.train.steps=0", ">= 1")),
     Row("ema_out_of_range", "--config.train.ema=1.5", ("config.train.ema=1.5", "less than 1")),
-    Row("workdir_below_a_file", "",
-        ("--workdir=", "file/run cannot be written: Not a directory"), make=on_disk.below_a_file),
-    Row("workdir_of_another_config", "--config.train.steps=3 --config.model.backbone.mlp_dim=16", (
-        "(model.backbone.mlp_dim was 8, is 16; train.steps was 2, is 3)", "--config.allow_changed_config"),
-        make=on_disk.in_trained()),
-    Row("learning_rate_infinite", "--config.optimizer.learning_rate=inf",
-        ("config.json: optimizer.learning_rate is inf",)),
+    Row(
+        "workdir_below_a_file",
+        "",
+        ("--workdir=", "file/run cannot be written: Not a directory"),
+        make=on_disk.below_a_file,
+    ),
+    Row(
+        "workdir_of_another_config",
+        "--config.train.steps=3 --config.model.backbone.mlp_dim=16",
+        ("(model.backbone.mlp_dim was 8, is 16; train.steps was 2, is 3)", "--config.allow_changed_config"),
+        make=on_disk.in_trained(),
+    ),
+    Row(
+        "learning_rate_infinite",
+        "--config.optimizer.learning_rate=inf",
+        ("config.json: optimizer.learning_rate is inf",),
+    ),
 ]
 
 # What is told when the data is opened and the first example of each split is read: still nothing is compiled.
@@ -170,65 +222,150 @@ DATA = [
     Row("unknown_dataset", "--config.data.name=pair", ("'pair'", "did you mean 'pairs'?")),
     Row("unknown_source", "--config.data.sources.image.name=digit", ("data.sources.image", "'digit'", "'digits'?")),
     Row("source_field_missing", "", ("data.sources.image", "'image_folder' needs the field 'dir'"), "nofield"),
-    Row("data_folder_missing", "--config.data.sources.image.dir=nowhere",
-        ("image_folder", "'nowhere' does not exist"), "folder"),
+    Row(
+        "data_folder_missing",
+        "--config.data.sources.image.dir=nowhere",
+        ("image_folder", "'nowhere' does not exist"),
+        "folder",
+    ),
     Row("data_file_missing", "", ("'npz'", "test.npz' does not exist"), "npz", on_disk.missing_npz),
     Row("unknown_split", "--config.eval.test_split=tset", ("'tset'", "source 'digits'", "did you mean 'test'?")),
     Row("unknown_modality_in_task", "--config.data.tasks=image->txt", ("'txt' in task 'image->txt'", "'text'?")),
     Row("malformed_task", "--config.data.tasks=image", ("task 'image'", "'a+b->c'")),
     Row("text_beyond_length", "--config.data.length=6", ("task 'image->text'", "12 positions", "length 6")),
     Row("too_few_words", "--config.data.words=('zero','one')", ("'image' has label 9", "2 classes")),
-    Row("image_of_wrong_rank", "",
-        ("'image'", "(8, 8) (rank 2)", "expected (8, 8, 1) (rank 3)"), "npz", on_disk.npz((8, 8))),
+    Row(
+        "image_of_wrong_rank",
+        "",
+        ("'image'", "(8, 8) (rank 2)", "expected (8, 8, 1) (rank 3)"),
+        "npz",
+        on_disk.npz((8, 8)),
+    ),
     Row("image_of_wrong_shape", "", ("'image'", "(9, 9, 1)", "expected (8, 8, 1)"), "npz", on_disk.npz((9, 9, 1))),
     Row("not_finite_data", "", ("'image'", "item 0", "not finite"), "npz", on_disk.npz(nan_at=0)),
-    Row("truncated_image", "",
-        ("train/a/0.png", "cannot be read", "truncated"), "folder", on_disk.damaged("train/a/0.png")),
-    Row("truncated_array_record", "", ("dots/1.0.0", "split 'train', record 0 cannot be read", "truncated"),
-        "tfds", on_disk.array_record(on_disk.cut)),
+    Row(
+        "truncated_image",
+        "",
+        ("train/a/0.png", "cannot be read", "truncated"),
+        "folder",
+        on_disk.damaged("train/a/0.png"),
+    ),
+    Row(
+        "truncated_array_record",
+        "",
+        ("dots/1.0.0", "split 'train', record 0 cannot be read", "truncated"),
+        "tfds",
+        on_disk.array_record(on_disk.cut),
+    ),
     Row("malformed_json_line", "", ("train.jsonl:2", "not a line of JSON"), "text", on_disk.jsonl),
     Row("evaluate_without_checkpoint", "--config.mode=evaluate", ("no checkpoint in", "train first")),
     Row("generate_without_checkpoint", "--config.mode=generate", ("no checkpoint in", "train first")),
-    Row("unknown_checkpoint", "--config.mode=evaluate --config.eval.checkpoint=lates",
-        ("'lates'", "did you mean 'latest'?")),
-    Row("no_such_checkpoint", "--config.mode=evaluate --config.eval.checkpoint=7", ("step 7 is not there", "steps: 2"),
-        make=on_disk.in_trained()),
-    Row("request_without_its_file", "--config.mode=generate --config.generate.task=image->text",
-        ("config.generate.files", "'image->text' needs image=FILE"), make=on_disk.in_trained()),
-    Row("request_with_missing_file",
+    Row(
+        "unknown_checkpoint",
+        "--config.mode=evaluate --config.eval.checkpoint=lates",
+        ("'lates'", "did you mean 'latest'?"),
+    ),
+    Row(
+        "no_such_checkpoint",
+        "--config.mode=evaluate --config.eval.checkpoint=7",
+        ("step 7 is not there", "steps: 2"),
+        make=on_disk.in_trained(),
+    ),
+    Row(
+        "request_without_its_file",
+        "--config.mode=generate --config.generate.task=image->text",
+        ("config.generate.files", "'image->text' needs image=FILE"),
+        make=on_disk.in_trained(),
+    ),
+    Row(
+        "request_with_missing_file",
         "--config.mode=generate --config.generate.task=image->text --config.generate.files=image=nowhere.png",
-        ("config.generate.files: image=nowhere.png: no such file",), make=on_disk.in_trained()),
-    Row("request_too_long", "--config.mode=generate --config.generate.text=1234567890 --config.generate.max_new=30",
-        ("16 positions + 30 new tokens", "model.backbone.max_len=32"), make=on_disk.in_trained()),
-    Row("request_of_nothing", "--config.mode=generate --config.generate.max_new=0",
-        ("config.generate.max_new=0 must be 1 or more",), make=on_disk.in_trained()),
-    Row("unknown_best_metric", "--config.checkpoint.best_metric=txt",
-        ("'txt' in config.checkpoint.best_metric", "'text'?")),
-    Row("corrupt_checkpoints", "--config.train.steps=3 --config.allow_changed_config", (
-        "no good checkpoint is left in", "step 2:", "delete or rename"),
-        make=on_disk.in_trained(on_disk.flip_all_checkpoints)),
-    Row("corrupt_checkpoint_evaluated", "--config.mode=evaluate", ("no good checkpoint is left in", "step 2:"),
-        make=on_disk.in_trained(on_disk.flip_all_checkpoints)),
-    Row("checkpoint_of_another_model", "--config.model.backbone.mlp_dim=16 --config.allow_changed_config", (
-        "checkpoints/2 does not fit the model", "params/backbone/transformer/layers/mlp/down/kernel",
-        "float32[1,8,8] in the checkpoint", "float32[1,16,8] in the model"), make=on_disk.in_trained()),
-    Row("checkpoint_beyond_the_end", "--config.train.steps=1 --config.optimizer.schedule.warmup_steps=0 "
-        "--config.allow_changed_config", ("checkpoint is at step 2", "config.train.steps=1"),
-        make=on_disk.in_trained()),
+        ("config.generate.files: image=nowhere.png: no such file",),
+        make=on_disk.in_trained(),
+    ),
+    Row(
+        "request_too_long",
+        "--config.mode=generate --config.generate.text=1234567890 --config.generate.max_new=30",
+        ("16 positions + 30 new tokens", "model.backbone.max_len=32"),
+        make=on_disk.in_trained(),
+    ),
+    Row(
+        "request_of_nothing",
+        "--config.mode=generate --config.generate.max_new=0",
+        ("config.generate.max_new=0 must be 1 or more",),
+        make=on_disk.in_trained(),
+    ),
+    Row(
+        "unknown_best_metric",
+        "--config.checkpoint.best_metric=txt",
+        ("'txt' in config.checkpoint.best_metric", "'text'?"),
+    ),
+    Row(
+        "corrupt_checkpoints",
+        "--config.train.steps=3 --config.allow_changed_config",
+        ("no good checkpoint is left in", "step 2:", "delete or rename"),
+        make=on_disk.in_trained(on_disk.flip_all_checkpoints),
+    ),
+    Row(
+        "corrupt_checkpoint_evaluated",
+        "--config.mode=evaluate",
+        ("no good checkpoint is left in", "step 2:"),
+        make=on_disk.in_trained(on_disk.flip_all_checkpoints),
+    ),
+    Row(
+        "checkpoint_of_another_model",
+        "--config.model.backbone.mlp_dim=16 --config.allow_changed_config",
+        (
+            "checkpoints/2 does not fit the model",
+            "params/backbone/transformer/layers/mlp/down/kernel",
+            "float32[1,8,8] in the checkpoint",
+            "float32[1,16,8] in the model",
+        ),
+        make=on_disk.in_trained(),
+    ),
+    Row(
+        "checkpoint_beyond_the_end",
+        "--config.train.steps=1 --config.optimizer.schedule.warmup_steps=0 --config.allow_changed_config",
+        ("checkpoint is at step 2", "config.train.steps=1"),
+        make=on_disk.in_trained(),
+    ),
 ]
 
 # What only the run itself can see.
 RUN = [
-    Row("corrupt_record_in_a_thread", "",
-        ("train/b/2.png", "cannot be read"), "folder", on_disk.damaged("train/b/2.png")),
-    Row("corrupt_record_in_a_worker_process", "--config.data.workers=1", ("train/b/2.png", "cannot be read"), "folder",
-        on_disk.damaged("train/b/2.png")),
-    Row("corrupt_array_record", "",
-        ("dots/1.0.0", "split 'train', record", "cannot be read"), "tfds", on_disk.array_record(on_disk.flip)),
-    Row("all_records_corrupt", "--config.data.skip_corrupt", ("6 corrupt records in a row", ".png"), "folder",
-        on_disk.damaged(*(f"train/{name}/{i}.png" for name in "ab" for i in range(3)))),
-    Row("loss_not_finite", "--config.optimizer.learning_rate=1e30 --config.train.steps=6", (
-        "step 2: ", "loss", "not finite; last finite metrics (step 1:", "Lower the learning rate")),
+    Row(
+        "corrupt_record_in_a_thread",
+        "",
+        ("train/b/2.png", "cannot be read"),
+        "folder",
+        on_disk.damaged("train/b/2.png"),
+    ),
+    Row(
+        "corrupt_record_in_a_worker_process",
+        "--config.data.workers=1",
+        ("train/b/2.png", "cannot be read"),
+        "folder",
+        on_disk.damaged("train/b/2.png"),
+    ),
+    Row(
+        "corrupt_array_record",
+        "",
+        ("dots/1.0.0", "split 'train', record", "cannot be read"),
+        "tfds",
+        on_disk.array_record(on_disk.flip),
+    ),
+    Row(
+        "all_records_corrupt",
+        "--config.data.skip_corrupt",
+        ("6 corrupt records in a row", ".png"),
+        "folder",
+        on_disk.damaged(*(f"train/{name}/{i}.png" for name in "ab" for i in range(3))),
+    ),
+    Row(
+        "loss_not_finite",
+        "--config.optimizer.learning_rate=1e30 --config.train.steps=6",
+        ("step 2: ", "loss", "not finite; last finite metrics (step 1:", "Lower the learning rate"),
+    ),
 ]
 
 
@@ -286,7 +423,8 @@ def test_corrupt_documents_can_be_left_out(tmp_path, caplog):
     on_disk.jsonl(tmp_path, None)
     source = {"name": "jsonl", "dir": str(tmp_path), "paths": {"train": "train.jsonl"}}
     make = lambda **options: data.build(
-        {"name": "text", "source": source}, "train", layout=Layout(8), tokenizer=ByteTokenizer(), **options)
+        {"name": "text", "source": source}, "train", layout=Layout(8), tokenizer=ByteTokenizer(), **options
+    )
     with pytest.raises(UserError, match="train.jsonl:2"):
         make()
     assert sum(make(skip_corrupt=True).example(i)["input_mask"].sum() for i in range(3)) == len("some textthe end") + 4

@@ -26,8 +26,7 @@ class Processes:
             coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
         env = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
             "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *sys.path]),
         }
         self.all = []
@@ -45,9 +44,7 @@ class Processes:
         self.lines = [[] for _ in self.all]
         self.errors = [[] for _ in self.all]
         self.readers = [
-            threading.Thread(
-                target=lambda stream=stream, lines=lines: lines.extend(iter(stream.readline, ""))
-            )
+            threading.Thread(target=lambda stream=stream, lines=lines: lines.extend(iter(stream.readline, "")))
             for process, out, errors in zip(self.all, self.lines, self.errors)
             for stream, lines in ((process.stdout, out), (process.stderr, errors))
         ]
@@ -130,9 +127,7 @@ def test_the_one_that_died_is_named_to_all(tmp_path):
         processes.all[2].send_signal(signal.SIGKILL)
         codes, _, errors = processes.end(seconds=15)
     assert codes[:2] == [1, 1]
-    assert all(
-        error.startswith("error: process 2 of 3") and error.count("\n") == 1 for error in errors[:2]
-    ), errors
+    assert all(error.startswith("error: process 2 of 3") and error.count("\n") == 1 for error in errors[:2]), errors
 
 
 def test_an_exception_in_one_process_is_told_there_and_stops_the_other(tmp_path):
@@ -191,9 +186,7 @@ def test_one_process_needs_nothing(monkeypatch):
 
 def test_environment_is_detected_only_with_several_processes(monkeypatch):
     assert distributed.detect() is None
-    slurm = dict(
-        SLURM_JOB_ID="7", SLURM_STEP_NODELIST="n[1-2]", SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0"
-    )
+    slurm = dict(SLURM_JOB_ID="7", SLURM_STEP_NODELIST="n[1-2]", SLURM_NTASKS="1", SLURM_PROCID="0", SLURM_LOCALID="0")
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     assert distributed.detect() is None

@@ -126,7 +126,6 @@ def batch_like(shapes, seed=0):
     return batch
 
 
-
 @pytest.mark.parametrize("centre", ["text", "image"])
 def test_any_modality_may_be_the_centre(centre):
     """By one field: what the centre's projectors did, its encoder and its decoder now do alone."""

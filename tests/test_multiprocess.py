@@ -1,4 +1,4 @@
-"""Training in two real processes on this machine: the same curves, the same checkpoints, and ends that can be resumed."""
+"""Training in two real processes of this machine: the same curves and checkpoints, and ends that can be resumed."""
 
 import contextlib
 import functools
@@ -39,10 +39,15 @@ class Pair:
             env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
             fields = {"coordinator": coordinator, "num_processes": 2, "process_id": process}
             if by_environment:
-                env |= {"JAX_COORDINATOR_ADDRESS": coordinator, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(process)}
+                env |= {
+                    "JAX_COORDINATOR_ADDRESS": coordinator,
+                    "JAX_NUM_PROCESSES": "2",
+                    "JAX_PROCESS_ID": str(process),
+                }
                 fields = {}
             command = tiny.command(
-                workdir, arg=arg, event=event, **{f"distributed.{name}": value for name, value in fields.items()})
+                workdir, arg=arg, event=event, **{f"distributed.{name}": value for name, value in fields.items()}
+            )
             # Files, not pipes: nobody has to read them for the processes to go on.
             files = [open(workdir.with_name(f"{workdir.name}.{kind}{process}"), "w+") for kind in ("out", "err")]  # noqa: SIM115
             self.all.append(subprocess.Popen(command, cwd=tiny.ROOT, env=env, stdout=files[0], stderr=files[1]))
@@ -151,7 +156,8 @@ def test_when_one_is_killed_the_other_ends_with_one_line(killed):
     assert code == 1 and seconds < 15
     assert errors.endswith(
         f"error: process 1 of 2 ({socket.gethostname()}) stopped; this process stops too; "
-        "start the same command again to resume from the last checkpoint\n")
+        "start the same command again to resume from the last checkpoint\n"
+    )
     assert errors.count("error") == 1 and "Traceback" not in errors
 
 

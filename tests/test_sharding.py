@@ -94,8 +94,9 @@ def test_an_indivisible_dimension_is_replicated_and_told_once(caplog):
         for _ in range(3):
             assert axes(mesh, "told_once/up/kernel", 6, 32) == (None, "tensor")
     told = [record.getMessage() for record in caplog.records if "told_once" in record.getMessage()]
-    assert told == ["sharding: told_once/up/kernel: dimension 'embed' of size 6 is replicated: mesh axes fsdp (4) do "
-                    "not divide it"]
+    assert told == [
+        "sharding: told_once/up/kernel: dimension 'embed' of size 6 is replicated: mesh axes fsdp (4) do not divide it"
+    ]
     assert axes(mesh, "told_once/up/kernel", 8, 32) == ("fsdp", "tensor")
 
 
@@ -115,28 +116,31 @@ def test_every_rule_names_axes_of_the_mesh():
 
 
 def test_a_mesh_has_all_axes_and_fills_one():
-    assert dict(sharding.make_mesh({"data": -1}).shape) == dict(
-        data=8, fsdp=1, tensor=1, context=1, expert=1, stage=1)
+    assert dict(sharding.make_mesh({"data": -1}).shape) == dict(data=8, fsdp=1, tensor=1, context=1, expert=1, stage=1)
     assert dict(sharding.make_mesh({"fsdp": -1, "tensor": 2}).shape)["fsdp"] == 4
     mesh = sharding.make_mesh({"data": 2, "tensor": 2}, jax.devices()[2:6])
     assert sorted(d.id for d in mesh.devices.flat) == [2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("sizes, message", [
-    ({"data": 3}, r"\{'data': 3\} does not fit 8 devices; the product of the sizes must be 8"),
-    ({"data": -1, "tensor": 3}, "does not fit 8 devices"),
-    ({"data": -1, "fsdp": -1}, "at most one may be -1"),
-    ({"data": 0}, "sizes must be positive"),
-    ({"data": -2}, "sizes must be positive"),
-    ({"tensr": 8}, "unknown mesh axis 'tensr' in config.mesh; did you mean 'tensor'?"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"data": 3}, r"\{'data': 3\} does not fit 8 devices; the product of the sizes must be 8"),
+        ({"data": -1, "tensor": 3}, "does not fit 8 devices"),
+        ({"data": -1, "fsdp": -1}, "at most one may be -1"),
+        ({"data": 0}, "sizes must be positive"),
+        ({"data": -2}, "sizes must be positive"),
+        ({"tensr": 8}, "unknown mesh axis 'tensr' in config.mesh; did you mean 'tensor'?"),
+    ],
+)
 def test_a_mesh_that_cannot_be(sizes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(sizes)
 
 
-@pytest.mark.parametrize("changes", [
-    {"train.batch_size": 12}, {"eval.batch_size": 12}, {"train.accumulate": 4}, {"train.accumulate": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"train.batch_size": 12}, {"eval.batch_size": 12}, {"train.accumulate": 4}, {"train.accumulate": 3}]
+)
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(changes):
     field = next(iter(changes)).replace("accumulate", "batch_size")
     with pytest.raises(UserError, match=f"config.{field}=.* must be a multiple of accumulate × mesh data × fsdp"):
@@ -170,8 +174,11 @@ def test_local_rows_are_those_of_this_process():
             return {d: i for d, i in self.where.devices_indices_map(shape).items() if d in self.devices}
 
     devices = jax.devices()
-    for sizes, rows in (({"data": 8}, [0, 1, 2, 3]), ({"data": 2, "tensor": 4}, [0, 1, 2, 3]),
-                        ({"tensor": 8}, list(range(8)))):  # fmt: skip
+    for sizes, rows in (
+        ({"data": 8}, [0, 1, 2, 3]),
+        ({"data": 2, "tensor": 4}, [0, 1, 2, 3]),
+        ({"tensor": 8}, list(range(8))),
+    ):
         where = sharding.batch_sharding(sharding.make_mesh(sizes))
         first = sharding.local_rows(8, Other(where, devices[:4])).tolist()
         second = sharding.local_rows(8, Other(where, devices[4:])).tolist()
@@ -183,9 +190,11 @@ def test_local_rows_are_those_of_this_process():
 
 
 def count_constraints(jaxpr) -> int:
-    return sum((eqn.primitive.name == "sharding_constraint")
-               + sum(count_constraints(sub) for sub in jax.extend.core.jaxprs_in_params(eqn.params))
-               for eqn in jaxpr.eqns)  # fmt: skip
+    return sum(
+        (eqn.primitive.name == "sharding_constraint")
+        + sum(count_constraints(sub) for sub in jax.extend.core.jaxprs_in_params(eqn.params))
+        for eqn in jaxpr.eqns
+    )
 
 
 def test_constrain_constrains_inside_a_mesh_only():
@@ -201,7 +210,8 @@ def test_constrain_constrains_inside_a_mesh_only():
     with cube().use_mesh():
         found = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "mlp"))(x)
         assert found.sharding.is_equivalent_to(
-            NamedSharding(cube().mesh, PartitionSpec(("data", "fsdp"), None, "tensor")), 3)
+            NamedSharding(cube().mesh, PartitionSpec(("data", "fsdp"), None, "tensor")), 3
+        )
         with pytest.raises(ValueError):
             jax.jit(lambda x: sharding.constrain(x, "batch", "length"))(x)  # names of another rank
     assert sharding.constrain(x, "batch", "length", "mlp") is x  # the mesh is gone again
@@ -215,7 +225,9 @@ def test_golden_dump(tmp_path):
     expected = GOLDEN.read_text() if GOLDEN.exists() else ""
     new = tmp_path / GOLDEN.name
     new.write_text(found)
-    changes = "\n".join(difflib.unified_diff(expected.splitlines(), found.splitlines(), "golden", "found", n=0, lineterm=""))
+    changes = "\n".join(
+        difflib.unified_diff(expected.splitlines(), found.splitlines(), "golden", "found", n=0, lineterm="")
+    )
     assert found == expected, f"the sharding of parameters changed; if that is meant: cp {new} {GOLDEN}\n{changes}"
     roots = {line.split("/")[0].split("_")[0] for line in expected.splitlines()}
     assert {"encoders", "input", "backbone", "output", "decoders"} <= roots  # all five blocks
@@ -238,7 +250,8 @@ def test_initialisation_on_a_mesh_is_that_on_one_device():
     assert jax.random.key_data(one.rng).tolist() == jax.random.key_data(eight.rng).tolist()
 
 
-# Of the parameters on a mesh of 8, what cannot be divided stays whole: scales, biases, positions, and a dimension or two.
+# Of the parameters on a mesh of 8, what cannot be divided stays whole: scales, biases, positions, and a dimension or
+# two.
 MOST = {"data": 1.0, "fsdp": 0.25, "tensor": 0.5, "cube": 0.45}
 
 

@@ -106,8 +106,9 @@ def test_what_a_run_leaves(reference):
     assert [r["step"] for r in history if r["split"] == "validation"] == [8, 16, 20]
     assert all(np.isfinite(value) for r in history for value in r.values() if not isinstance(value, str))
     training = [r["loss"] for r in history if r["split"] == "train"]
-    assert training[-1] < training[0] - 0.3 and all({"grad_norm", "learning_rate", "text"} <= r.keys()
-                                                    for r in history if r["split"] == "train")  # fmt: skip
+    assert training[-1] < training[0] - 0.3 and all(
+        {"grad_norm", "learning_rate", "text"} <= r.keys() for r in history if r["split"] == "train"
+    )
 
     assert tiny.steps_on_disk(path) == [16, 20]
     assert results["step"] == tiny.STEPS and results["parameters"] == tree.count(cube().abstract_state.params)
@@ -115,7 +116,7 @@ def test_what_a_run_leaves(reference):
 
     page = (path / "report.html").read_text()
     assert f"{results['test_loss']:.4g}"[:4] in page and "data:image/png;base64," in page
-    assert "src=\"http" not in page and "href=\"http" not in page  # one file, readable anywhere
+    assert 'src="http' not in page and 'href="http' not in page  # one file, readable anywhere
     assert list((path / "figures").glob("*.png")) and list((path / "tensorboard").glob("events.*"))
 
 
@@ -168,8 +169,13 @@ def test_killed_many_times_ends_as_if_never_killed(reference, tmp_path):
         (("SIGTERM", "step", 17), 17),
         (None, tiny.STEPS),
     ):
-        done = subprocess.run(tiny.command(path, arg="text", event=event, **tiny.CUBE), cwd=tiny.ROOT, text=True,
-                              capture_output=True, timeout=300)  # fmt: skip
+        done = subprocess.run(
+            tiny.command(path, arg="text", event=event, **tiny.CUBE),
+            cwd=tiny.ROOT,
+            text=True,
+            capture_output=True,
+            timeout=300,
+        )
         killed = event is not None and event[0] == "SIGKILL"
         assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
         assert "Traceback" not in done.stderr
@@ -179,8 +185,11 @@ def test_killed_many_times_ends_as_if_never_killed(reference, tmp_path):
 
 def committed(path):
     """Steps of which every file has its digest."""
-    return [step for step in tiny.steps_on_disk(path)
-            if (path / "checkpoints" / "digests" / str(step) / "process_0-of-1.json").exists()]
+    return [
+        step
+        for step in tiny.steps_on_disk(path)
+        if (path / "checkpoints" / "digests" / str(step) / "process_0-of-1.json").exists()
+    ]
 
 
 @pytest.mark.parametrize("file", ["largest", "list"])
@@ -254,7 +263,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(reference, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "train_batches", poisoned)
-        with pytest.raises(UserError, match=r"step 10: .*loss.* not finite; last finite metrics \(step 9: .*loss [\d.]+"):
+        with pytest.raises(
+            UserError, match=r"step 10: .*loss.* not finite; last finite metrics \(step 9: .*loss [\d.]+"
+        ):
             train(tmp_path)
     assert committed(tmp_path)[-1] == 8 and not (tmp_path / "results.json").exists()
     assert tiny.history(tmp_path) == tiny.history(reference[0])[:4]  # steps 3 and 6, the evaluation at 8, step 9
@@ -272,5 +283,6 @@ def test_frozen_parameters_do_not_move(tmp_path):
         old, new = getattr(before, part), getattr(after, part)
         assert tree.digest(new, frozen) == tree.digest(old, frozen)
         moved = [path for path, leaf in tree.flatten(new).items() if not np.array_equal(leaf, tree.flatten(old)[path])]
-        assert sorted(moved) == sorted(path for path in tree.flatten(old) if not (
-            path.startswith("encoders_text") or "/attention/" in path))  # fmt: skip
+        assert sorted(moved) == sorted(
+            path for path in tree.flatten(old) if not (path.startswith("encoders_text") or "/attention/" in path)
+        )

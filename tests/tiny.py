@@ -31,11 +31,18 @@ def get_config(arg: str = ""):
         "dtype": "float32",
         "encoders": {"text": {"name": "text", "vocab_size": 264, "width": WIDTH}},
         "input_projectors": {},
-        "backbone": {"name": "decoder_only", **block, "depth": 2, "num_kv_heads": 2, "max_len": 16, "dropout": 0.0,
-                     "remat": "none"},
+        "backbone": {
+            "name": "decoder_only",
+            **block,
+            "depth": 2,
+            "num_kv_heads": 2,
+            "max_len": 16,
+            "dropout": 0.0,
+            "remat": "none",
+        },
         "output_projectors": {},
         "decoders": {"text": {"name": "text", "vocab_size": 264}},
-    }  # fmt: skip
+    }
     c.data = {**common.DATA, "length": 16}
     if arg == "text":
         c.objective = {"name": "next_token"}
@@ -48,21 +55,26 @@ def get_config(arg: str = ""):
             audio={"name": "audio", **block, "num_samples": 256, "n_fft": 128, "hop": 32, "n_mels": 16, "frames": 2},
         )
         c.model.input_projectors.update(
-            image={"name": "mlp", "width": WIDTH, "hidden": 32}, audio={"name": "linear", "width": WIDTH})
+            image={"name": "mlp", "width": WIDTH, "hidden": 32}, audio={"name": "linear", "width": WIDTH}
+        )
         c.model.output_projectors.image = {"name": "query", **block, "num_tokens": 4, "num_signals": 2}
         c.model.decoders.image = {"name": "autoencoder", "upsample": (4,), "conv_width": 8}
         c.data.update(
             name="pairs",
             sources={
                 "image": {"name": "digits"},
-                "audio": {"name": "dtmf", "duration": 0.032, "tone": (0.02, 0.03),
-                          "sizes": {"train": 200, "validation": 50, "test": 50}},
+                "audio": {
+                    "name": "dtmf",
+                    "duration": 0.032,
+                    "tone": (0.02, 0.03),
+                    "sizes": {"train": 200, "validation": 50, "test": 50},
+                },
             },
             words=tuple("abcdefghij"),
             tasks=("image->text", "audio->image", "audio+image+text->text"),
             question="?",
             augment={"image": {"shift": 1}},
-        )  # fmt: skip
+        )
     c.train.update(steps=STEPS, batch_size=16, ema=0.9)
     c.optimizer.learning_rate = 3e-3
     c.optimizer.schedule.warmup_steps = 2
@@ -90,8 +102,12 @@ def quick_compilation():
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    wanted = {"jax_disable_most_optimizations": True, "jax_compilation_cache_dir": _folder(),
-              "jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}  # fmt: skip
+    wanted = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": _folder(),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
     before = {name: jax.config.values[name] for name in wanted}
     environment = {name.upper(): os.environ.get(name.upper()) for name in wanted}
     for name, value in wanted.items():
@@ -121,8 +137,10 @@ def history(workdir) -> list[dict]:
     """metrics.jsonl without the fields that differ from one run to the next."""
     from vfm.train.logging import TIME_FIELDS, read_history
 
-    return [{k: v for k, v in record.items() if k not in TIME_FIELDS}
-            for record in read_history(Path(workdir) / "metrics.jsonl")]
+    return [
+        {k: v for k, v in record.items() if k not in TIME_FIELDS}
+        for record in read_history(Path(workdir) / "metrics.jsonl")
+    ]
 
 
 def losses(workdir, after: int = 0) -> dict[tuple[int, str], float]:
@@ -192,6 +210,7 @@ def send(number: int, event: str, step: int) -> None:
     elif event == "digests":
         before(digests, "write_share", lambda directory, found, *rest: at(found))
     elif event == "collect":
+
         def deletes(path):
             path = Path(path)
             if path.name.startswith(checkpoint._TRASH) and digests.committed(path.parent, step):

@@ -69,9 +69,7 @@ def initialize(
             raise UserError(f"{where} must be given together, got {given}")
         coordinator, num_processes, process_id = given
         if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise UserError(
-                f"process_id must be in 0…{num_processes - 1} (num_processes - 1), got {process_id}"
-            )
+            raise UserError(f"process_id must be in 0…{num_processes - 1} (num_processes - 1), got {process_id}")
         if not coordinator.rpartition(":")[0] or not coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"the coordinator must be host:port, got {coordinator!r}")
         if num_processes == 1:
@@ -101,9 +99,7 @@ def detect() -> str | None:
     if "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env:
         if importlib.util.find_spec("kubernetes"):
             return "Kubernetes"
-        log.warning(
-            "an indexed Kubernetes job without the package `kubernetes`: this process runs alone"
-        )
+        log.warning("an indexed Kubernetes job without the package `kubernetes`: this process runs alone")
     if env.get("JAX_PLATFORMS", "") == "cpu" or not cloud_tpu_init.running_in_cloud_tpu_vm:
         return None
     workers = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES", ""))

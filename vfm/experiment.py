@@ -14,16 +14,24 @@ from vfm.data import pipeline
 from vfm.data.records import CorruptRecord
 from vfm.errors import UserError, unknown
 from vfm.evaluate import CHECKS, EVALUATORS
-from vfm.train import step
 from vfm.train import state as state_lib
+from vfm.train import step
 from vfm.train.optimizer import build_optimizer
-
 
 SECTIONS = ("tokenizer", "model", "data", "objective", "optimizer", "mesh", "train", "eval", "checkpoint", "log")
 # The lowest value of whole numbers with which a run would otherwise fail late, or do nothing.
 LOWEST = {
-    "seed": 0, "data.length": 1, "train.steps": 1, "train.batch_size": 1, "train.accumulate": 1,
-    "eval.every": 0, "eval.limit": 0, "eval.test_limit": 0, "eval.batch_size": 1, "checkpoint.every": 0, "log.every": 1,
+    "seed": 0,
+    "data.length": 1,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.accumulate": 1,
+    "eval.every": 0,
+    "eval.limit": 0,
+    "eval.test_limit": 0,
+    "eval.batch_size": 1,
+    "checkpoint.every": 0,
+    "log.every": 1,
 }
 
 
@@ -56,25 +64,36 @@ class Experiment:
         self._datasets: dict[str, Any] = {}
         self.mesh = sharding.make_mesh(config.mesh, devices)
         self.rules = sharding.make_rules(config.get("sharding_rules", {}))
-        sharding.check_batch("train.batch_size", config.train.batch_size, config.train.accumulate, self.mesh, self.rules)
+        sharding.check_batch(
+            "train.batch_size", config.train.batch_size, config.train.accumulate, self.mesh, self.rules
+        )
         sharding.check_batch("eval.batch_size", config.eval.batch_size, 1, self.mesh, self.rules)
         self.tokenizer = tokenizers.build(config.tokenizer)
         self.model = model_lib.build(config.model)
         self._check_vocabulary()
         self.layout = model_lib.layout(self.model, config.data.length)
         if config.data.length > self.model.backbone.max_len:
-            raise UserError(f"config.data.length={config.data.length} is longer than model.backbone.max_len="
-                            f"{self.model.backbone.max_len}")
+            raise UserError(
+                f"config.data.length={config.data.length} is longer than model.backbone.max_len="
+                f"{self.model.backbone.max_len}"
+            )
         self.loss_fn = objectives.build(config.objective, self.model)
         init = functools.partial(model_lib.init, self.model, length=config.data.length)
         params = jax.eval_shape(init, jax.random.key(0))["params"]
         self.tx, self.schedule = build_optimizer(config.optimizer, params, config.train.steps)
-        self.create = functools.partial(state_lib.create, self.model, self.tx, seed=config.seed,
-                                        length=config.data.length, ema=bool(config.train.ema))
+        self.create = functools.partial(
+            state_lib.create,
+            self.model,
+            self.tx,
+            seed=config.seed,
+            length=config.data.length,
+            ema=bool(config.train.ema),
+        )
         state = jax.eval_shape(self.create)
         self.shardings = state_lib.shardings(state, self.tx, self.mesh, self.rules)
         self.abstract_state = jax.tree.map(
-            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, self.shardings)
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, self.shardings
+        )
         self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
         for name in config.eval.evaluators:
             CHECKS[name](self)
@@ -82,8 +101,10 @@ class Experiment:
     def _check_vocabulary(self):
         for kind, blocks in (("encoders", self.model.encoders), ("decoders", self.model.decoders)):
             if "text" in blocks and blocks["text"].vocab_size < self.tokenizer.vocab_size:
-                raise UserError(f"model.{kind}.text.vocab_size={blocks['text'].vocab_size} is smaller than the tokenizer's "
-                                f"{self.tokenizer.vocab_size}")
+                raise UserError(
+                    f"model.{kind}.text.vocab_size={blocks['text'].vocab_size} is smaller than the tokenizer's "
+                    f"{self.tokenizer.vocab_size}"
+                )
 
     def init_state(self):
         """A fresh train state, initialised on the mesh."""
@@ -97,8 +118,9 @@ class Experiment:
 
     def make_step(self, loss_fn):
         """The training step of the config with any loss function."""
-        return step.make_train_step(loss_fn, self.tx, self.schedule, accumulate=self.config.train.accumulate,
-                                    ema_decay=self.config.train.ema)
+        return step.make_train_step(
+            loss_fn, self.tx, self.schedule, accumulate=self.config.train.accumulate, ema_decay=self.config.train.ema
+        )
 
     def dataset(self, split: str, **overrides):
         """The dataset of `config.data` for a split. One with overrides (see `Pairs`) shares its sources."""
@@ -108,14 +130,20 @@ class Experiment:
             overrides["opened"] = self.dataset(split).sources
         own = ("length", "workers", "skip_corrupt", "dir")  # fields of the run, not of the dataset
         cfg = {key: value for key, value in self.config.data.items() if key not in own}
-        found = data.build(cfg, split, layout=self.layout, tokenizer=self.tokenizer,
-                           skip_corrupt=self.config.data.get("skip_corrupt", False), **overrides)
+        found = data.build(
+            cfg,
+            split,
+            layout=self.layout,
+            tokenizer=self.tokenizer,
+            skip_corrupt=self.config.data.get("skip_corrupt", False),
+            **overrides,
+        )
         if not overrides:
             self._datasets[split] = found
         return found
 
     def check_data(self, *splits: str) -> None:
-        """Opens the datasets of the splits and reads one example of each: bad data is told before anything is compiled."""
+        """Opens the datasets of the splits and reads one example of each: bad data is told before compilation."""
         for split in splits:
             dataset = self.dataset(split)
             if not len(dataset):
@@ -129,8 +157,14 @@ class Experiment:
     def train_batches(self, start: int) -> Iterator[Any]:
         """Global batches from step `start` to the last step."""
         cfg, size = self.config.data, self.config.train.batch_size
-        source = pipeline.Pipeline(self.dataset("train"), size, self.config.seed, shuffle=True,
-                                   skip_corrupt=cfg.get("skip_corrupt", False), workers=cfg.get("workers", 0))
+        source = pipeline.Pipeline(
+            self.dataset("train"),
+            size,
+            self.config.seed,
+            shuffle=True,
+            skip_corrupt=cfg.get("skip_corrupt", False),
+            workers=cfg.get("workers", 0),
+        )
         rows = sharding.local_rows(size, self.batch_sharding)
         with source.iterate(start, self.config.train.steps, rows) as batches:
             for batch in batches:
@@ -140,13 +174,18 @@ class Experiment:
         """One batch that every process holds whole -> global arrays."""
         size = len(batch["example_mask"])
         rows = sharding.local_rows(size, self.batch_sharding)
-        return sharding.to_global(jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, batch), rows, size,
-                                  self.batch_sharding)
+        return sharding.to_global(
+            jax.tree.map(lambda x: x[rows] if np.ndim(x) else x, batch), rows, size, self.batch_sharding
+        )
 
     def eval_batches(self, dataset, limit: int | None = None) -> Iterator[tuple[dict, dict]]:
         """Every example once, in order: (host batch, the same as global arrays)."""
-        for batch in pipeline.eval_batches(dataset, self.config.eval.batch_size, limit or None,
-                                           skip_corrupt=self.config.data.get("skip_corrupt", False)):
+        for batch in pipeline.eval_batches(
+            dataset,
+            self.config.eval.batch_size,
+            limit or None,
+            skip_corrupt=self.config.data.get("skip_corrupt", False),
+        ):
             yield batch, self.put(batch)
 
     def use_mesh(self):
@@ -176,8 +215,11 @@ class Experiment:
     @functools.cached_property
     def forward(self):
         """Jitted (variables, batch) -> out of the model, without dropout."""
-        return self.jit(lambda variables, batch: self.model.apply(
-            variables, **{name: batch[name] for name in model_lib.INPUTS if name in batch}, train=False)[1])
+        return self.jit(
+            lambda variables, batch: self.model.apply(
+                variables, **{name: batch[name] for name in model_lib.INPUTS if name in batch}, train=False
+            )[1]
+        )
 
     @functools.cached_property
     def eval_step(self):

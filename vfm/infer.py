@@ -16,12 +16,13 @@ from vfm.generate import generate
 
 
 def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
-    """Answers one request, `config.generate`, with the newest good checkpoint; writes generated.jsonl and generated.html.
+    """Answers one request, `config.generate`, with the newest good checkpoint; writes generated.jsonl and
+    generated.html.
 
-      task         "image+text->text", "text->image", …: what is given and what is wanted; empty: continue the text
-      text         the text input
-      files        inputs of other modalities, "image=four.png,audio=tone.wav" (.npy, .png, .jpg, .wav)
-      max_new      most new tokens; temperature 0 is greedy; samples: how many answers
+    task         "image+text->text", "text->image", …: what is given and what is wanted; empty: continue the text
+    text         the text input
+    files        inputs of other modalities, "image=four.png,audio=tone.wav" (.npy, .png, .jpg, .wav)
+    max_new      most new tokens; temperature 0 is greedy; samples: how many answers
     """
     cfg, model, tokenizer = experiment.config.generate, experiment.model, experiment.tokenizer
     for field, lowest in (("max_new", 1), ("samples", 1), ("temperature", 0)):
@@ -58,9 +59,17 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
     records, rows = [], []
     if output == "text":
         with experiment.use_mesh():
-            tokens = experiment.fetch(generate(
-                model, variables, batch, max_new=cfg.max_new, eos_id=tokenizer.eos_id, temperature=cfg.temperature,
-                rng=jax.random.key(experiment.config.seed)))
+            tokens = experiment.fetch(
+                generate(
+                    model,
+                    variables,
+                    batch,
+                    max_new=cfg.max_new,
+                    eos_id=tokenizer.eos_id,
+                    temperature=cfg.temperature,
+                    rng=jax.random.key(experiment.config.seed),
+                )
+            )
         for ids in tokens[:size].tolist():
             text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
             records.append({"task": cfg.task, "text": cfg.text, "files": files, "answer": text})
@@ -73,8 +82,14 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
         item = experiment.fetch(found[key])[0, 0]
         file = path / f"generated_{output}.npy"
         records.append({"task": cfg.task, "text": cfg.text, "files": files, "answer": file.name, "is": key})
-        rows.append([*cells, _cell(experiment, output, item) if key == "decoded"
-                     else ("text", f"features of {output}, {item.shape}, in {file.name}")])
+        rows.append(
+            [
+                *cells,
+                _cell(experiment, output, item)
+                if key == "decoded"
+                else ("text", f"features of {output}, {item.shape}, in {file.name}"),
+            ]
+        )
         if distributed.is_main():
             np.save(file, item)
             print(f"wrote {file}")
@@ -111,8 +126,12 @@ def _read(experiment, name: str, file: str) -> np.ndarray:
         return read_image(path, "L" if shape[-1] == 1 else "RGB", shape[:2])
     if suffix == ".wav" and len(shape) == 1:
         return read_audio(path, experiment.model.encoders[name].sample_rate, shape[0])
-    raise unknown("kind of file", suffix, (".npy", ".png", ".jpg", ".wav"),
-                  f"config.generate.files ({name} takes items of shape {shape})")
+    raise unknown(
+        "kind of file",
+        suffix,
+        (".npy", ".png", ".jpg", ".wav"),
+        f"config.generate.files ({name} takes items of shape {shape})",
+    )
 
 
 def _cell(experiment, name, item):

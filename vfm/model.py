@@ -39,9 +39,10 @@ class VFM(nn.Module):
       input_mask: bool[B, T], False at padding. segment_ids, positions: int32[B, T], for packed rows.
       cache: the backbone's cache, for generation token by token.
 
-    Returns (logits, out). logits: float[B, T, V] of the text decoder, None without one. out["backbone"] is the backbone's
-    dict; out[X] has features float[B, N, P, W] = ME(item), predicted float[B, N, P, W] = OP(hidden states of the
-    signals), decoded and reconstructed float[B, N, *item_shape] = MD(predicted) and MD(features), where blocks exist.
+    Returns (logits, out). logits: float[B, T, V] of the text decoder, None without one. out["backbone"] is the
+    backbone's dict; out[X] has features float[B, N, P, W] = ME(item), predicted float[B, N, P, W] = OP(hidden states
+    of the signals), decoded and reconstructed float[B, N, *item_shape] = MD(predicted) and MD(features), where blocks
+    exist.
     """
 
     centre: str
@@ -53,12 +54,26 @@ class VFM(nn.Module):
 
     def setup(self):
         self.signals = {
-            name: self.param(f"signals_{name}", nn.initializers.normal(self.backbone.width**-0.5), (count, self.backbone.width))
-            for name in modalities(self) if (count := num_signals(self, name))
+            name: self.param(
+                f"signals_{name}", nn.initializers.normal(self.backbone.width**-0.5), (count, self.backbone.width)
+            )
+            for name in modalities(self)
+            if (count := num_signals(self, name))
         }
 
-    def __call__(self, tokens=None, *, inputs=None, starts=None, signal_starts=None, input_mask=None, segment_ids=None,
-                 positions=None, cache=None, train: bool):
+    def __call__(
+        self,
+        tokens=None,
+        *,
+        inputs=None,
+        starts=None,
+        signal_starts=None,
+        input_mask=None,
+        segment_ids=None,
+        positions=None,
+        cache=None,
+        train: bool,
+    ):
         inputs, starts, signal_starts = inputs or {}, starts or {}, signal_starts or {}
         out: dict[str, Any] = {}
         if tokens is not None and "text" in self.encoders:
@@ -83,7 +98,8 @@ class VFM(nn.Module):
                 x = place(x, signals[None].repeat(at.size, axis=0), at)
         x = constrain(x, "batch", "length", "width")
         x, out["backbone"] = self.backbone(
-            x, input_mask=input_mask, segment_ids=segment_ids, positions=positions, cache=cache, train=train)
+            x, input_mask=input_mask, segment_ids=segment_ids, positions=positions, cache=cache, train=train
+        )
         for name, at in signal_starts.items():
             if name in self.signals:
                 hidden = gather(x, at, self.signals[name].shape[0])
@@ -119,7 +135,8 @@ def place(x: jax.Array, features: jax.Array, starts: jax.Array) -> jax.Array:
     B, T, D = x.shape
     index = _slots(starts, features.shape[1], T)
     return jax.vmap(lambda row, i, f: row.at[i].set(f, mode="drop"))(
-        x, index, features.reshape(B, -1, D).astype(x.dtype))
+        x, index, features.reshape(B, -1, D).astype(x.dtype)
+    )
 
 
 def gather(x: jax.Array, starts: jax.Array, count: int) -> jax.Array:
@@ -167,8 +184,11 @@ def example_batch(model: VFM, length: int, batch_size: int = 1) -> dict[str, Any
     index = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     batch = {
         "input_mask": jax.ShapeDtypeStruct((batch_size, length), bool),
-        "inputs": {name: jax.ShapeDtypeStruct((batch_size, 1, *m.item_shape), jnp.float32)
-                   for name, m in shapes.items() if name in model.encoders},
+        "inputs": {
+            name: jax.ShapeDtypeStruct((batch_size, 1, *m.item_shape), jnp.float32)
+            for name, m in shapes.items()
+            if name in model.encoders
+        },
         "starts": {name: index for name in shapes if name in model.encoders},
         "signal_starts": {name: index for name in shapes},
     }
@@ -184,8 +204,12 @@ def init(model: VFM, key: jax.Array, length: int) -> dict[str, Any]:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-_KINDS = (("encoders", ENCODERS), ("input_projectors", INPUT_PROJECTORS), ("output_projectors", OUTPUT_PROJECTORS),
-          ("decoders", DECODERS))
+_KINDS = (
+    ("encoders", ENCODERS),
+    ("input_projectors", INPUT_PROJECTORS),
+    ("output_projectors", OUTPUT_PROJECTORS),
+    ("decoders", DECODERS),
+)
 
 
 def build(cfg: Mapping[str, Any]) -> VFM:
@@ -205,13 +229,24 @@ def build(cfg: Mapping[str, Any]) -> VFM:
         if kind.endswith("projectors"):
             blocks.pop(centre, None)
         # Frozen, so that the model is hashable and can be a static argument of jit.
-        groups[kind] = FrozenDict({name: build_block(table, block, f"model.{kind}.{name}", dtype)
-                                   for name, block in sorted(blocks.items()) if block})
+        groups[kind] = FrozenDict(
+            {
+                name: build_block(table, block, f"model.{kind}.{name}", dtype)
+                for name, block in sorted(blocks.items())
+                if block
+            }
+        )
     backbone = build_block(BACKBONES, cfg.pop("backbone"), "model.backbone", dtype)
     if cfg:
         raise unknown("field", next(iter(cfg)), ["centre", "dtype", "backbone", *(k for k, _ in _KINDS)], "model")
-    model = VFM(centre, groups["encoders"], groups["input_projectors"], backbone, groups["output_projectors"],
-                groups["decoders"])
+    model = VFM(
+        centre,
+        groups["encoders"],
+        groups["input_projectors"],
+        backbone,
+        groups["output_projectors"],
+        groups["decoders"],
+    )
     check(model)
     return model
 
@@ -232,7 +267,9 @@ def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, d
     for field, value in fields.items():
         kind = table[name].__dataclass_fields__[field].type
         if not _fits(value, kind):
-            what = {int: "a whole number > 0", float: "a number", str: "a string", bool: "true or false"}.get(kind, kind)
+            what = {int: "a whole number > 0", float: "a number", str: "a string", bool: "true or false"}.get(
+                kind, kind
+            )
             raise UserError(f"{where}.{field}={value!r} must be {what}")
         if field == "dropout" and not 0 <= value < 1:
             raise UserError(f"{where}.dropout={value} must be a share, from 0 to less than 1")
@@ -259,8 +296,10 @@ def _fits(value: Any, kind: Any) -> bool:
 def check(model: VFM) -> None:
     """Refuses a chain of blocks that does not fit: `UserError` with both blocks and both sizes."""
     if model.centre not in {*model.encoders, *model.decoders}:
-        raise UserError(f"model.centre={model.centre!r} has neither an encoder nor a decoder; modalities: "
-                        f"{', '.join(sorted({*model.encoders, *model.decoders}))}")
+        raise UserError(
+            f"model.centre={model.centre!r} has neither an encoder nor a decoder; modalities: "
+            f"{', '.join(sorted({*model.encoders, *model.decoders}))}"
+        )
 
     def fit(giver, gives, taker, takes, what="width"):
         if gives is not None and takes is not None and gives != takes:
@@ -284,11 +323,15 @@ def check(model: VFM) -> None:
             fit(giver, gives, taker, projector.in_width)
             giver, gives, tokens = taker, projector.width, projector.num_tokens
         elif name != model.centre:
-            raise UserError(f"model: decoders.{name} has no output projector, and {name} is not the centre "
-                            f"({model.centre}); add model.output_projectors.{name}")
+            raise UserError(
+                f"model: decoders.{name} has no output projector, and {name} is not the centre "
+                f"({model.centre}); add model.output_projectors.{name}"
+            )
         if decoder is None and encoder is None:
-            raise UserError(f"model: {giver} has neither decoders.{name}, to generate items, nor encoders.{name}, to "
-                            "regress to its features; add one of them")
+            raise UserError(
+                f"model: {giver} has neither decoders.{name}, to generate items, nor encoders.{name}, to "
+                "regress to its features; add one of them"
+            )
         if decoder is not None:
             taker = f"decoders.{name} ({type(decoder).__name__})"
             fit(giver, gives, taker, decoder.in_width)
@@ -299,10 +342,20 @@ def check(model: VFM) -> None:
             fit(giver, gives, taker, encoder.width)
             fit(giver, tokens, taker, encoder.num_tokens, "number of features")
             if decoder is not None:
-                fit(f"encoders.{name} ({type(encoder).__name__})", encoder.num_tokens,
-                    f"decoders.{name} ({type(decoder).__name__})", decoder.num_tokens, "number of features")
-                fit(f"decoders.{name} ({type(decoder).__name__})", tuple(decoder.item_shape or ()),
-                    f"encoders.{name} ({type(encoder).__name__})", tuple(encoder.item_shape), "items of shape")
+                fit(
+                    f"encoders.{name} ({type(encoder).__name__})",
+                    encoder.num_tokens,
+                    f"decoders.{name} ({type(decoder).__name__})",
+                    decoder.num_tokens,
+                    "number of features",
+                )
+                fit(
+                    f"decoders.{name} ({type(decoder).__name__})",
+                    tuple(decoder.item_shape or ()),
+                    f"encoders.{name} ({type(encoder).__name__})",
+                    tuple(encoder.item_shape),
+                    "items of shape",
+                )
     for name in model.input_projectors:
         if name not in model.encoders:
             raise UserError(f"model: input_projectors.{name} has no encoder; add model.encoders.{name}")
@@ -310,8 +363,17 @@ def check(model: VFM) -> None:
     if tied and "text" not in model.encoders:
         raise UserError("model: decoders.text is tied, but there is no encoders.text to share a table with")
     if tied and not model.output_projectors.get("text"):
-        fit(f"backbone ({type(model.backbone).__name__})", width, "encoders.text, tied to decoders.text,",
-            model.encoders["text"].width)
+        fit(
+            f"backbone ({type(model.backbone).__name__})",
+            width,
+            "encoders.text, tied to decoders.text,",
+            model.encoders["text"].width,
+        )
     if "text" in model.decoders and "text" in model.encoders and not tied:
-        fit("encoders.text", model.encoders["text"].vocab_size, "decoders.text", model.decoders["text"].vocab_size,
-            "a vocabulary of")
+        fit(
+            "encoders.text",
+            model.encoders["text"].vocab_size,
+            "decoders.text",
+            model.decoders["text"].vocab_size,
+            "a vocabulary of",
+        )

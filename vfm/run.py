@@ -23,7 +23,7 @@ NOT_GIVEN = {"coordinator": "", "num_processes": 0, "process_id": -1}
 
 
 def run(config, workdir: str) -> dict[str, float]:
-    """Runs one config in its folder and returns what it wrote to results.json (empty if it was stopped before the end)."""
+    """Runs one config in its folder and returns what it wrote to results.json; empty if it was stopped."""
     if config.mode not in MODES:
         raise unknown("mode", config.mode, MODES, "config.mode")
     processes, known = config.get("distributed", {}), inspect.signature(distributed.initialize).parameters
@@ -38,8 +38,14 @@ def run(config, workdir: str) -> dict[str, float]:
 
 def _checkpointer(experiment, path, read_only: bool = False) -> Checkpointer:
     cfg = experiment.config.checkpoint
-    return Checkpointer(path / "checkpoints", keep=cfg.keep, keep_best=cfg.keep_best, best_metric=cfg.best_metric or None,
-                        best_mode=cfg.best_mode, read_only=read_only)
+    return Checkpointer(
+        path / "checkpoints",
+        keep=cfg.keep,
+        keep_best=cfg.keep_best,
+        best_metric=cfg.best_metric or None,
+        best_mode=cfg.best_mode,
+        read_only=read_only,
+    )
 
 
 def train(experiment: Experiment, path) -> dict[str, float]:
@@ -55,12 +61,21 @@ def train(experiment: Experiment, path) -> dict[str, float]:
             raise UserError(f"the checkpoint is at step {start}, beyond config.train.steps={steps}")
         if distributed.is_main():
             record(path, config)
-        logger = Logger(path, start_step=start, total_steps=steps, examples_per_step=size,
-                        tokens_per_step=size * config.data.length, tensorboard=config.log.tensorboard,
-                        is_main=distributed.is_main(), **_utilisation(experiment))
+        logger = Logger(
+            path,
+            start_step=start,
+            total_steps=steps,
+            examples_per_step=size,
+            tokens_per_step=size * config.data.length,
+            tensorboard=config.log.tensorboard,
+            is_main=distributed.is_main(),
+            **_utilisation(experiment),
+        )
         mesh = {name: parts for name, parts in experiment.mesh.shape.items() if parts > 1}
-        logger.message(f"{tree.count(state.params):,} parameters on {experiment.mesh.size} device(s), mesh {mesh or 1}; "
-                       + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps"))
+        logger.message(
+            f"{tree.count(state.params):,} parameters on {experiment.mesh.size} device(s), mesh {mesh or 1}; "
+            + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps")
+        )
 
         def evaluate(state, step):
             params = evaluation_params(state)
@@ -68,36 +83,62 @@ def train(experiment: Experiment, path) -> dict[str, float]:
             # The last evaluation is on the test split, unless the best checkpoint is chosen by an evaluator's metric.
             if step < steps or config.checkpoint.best_metric not in found:
                 for _, evaluator in experiment.evaluators():
-                    found |= evaluator(experiment, params, state.variables, config.eval.split, config.eval.limit).metrics
+                    found |= evaluator(
+                        experiment, params, state.variables, config.eval.split, config.eval.limit
+                    ).metrics
             return found
 
         began = time.time() - position.get("seconds", 0.0)  # as if the earlier starts had ended just now
 
         def save(step, state, memory, metrics, wait):
-            position = {"next_step": step, "seed": config.seed, "batch_size": size, "seconds": time.time() - began,
-                        "log": memory}
+            position = {
+                "next_step": step,
+                "seed": config.seed,
+                "batch_size": size,
+                "seconds": time.time() - began,
+                "log": memory,
+            }
             checkpointer.save(step, state, position, metrics, wait=wait)
 
         with contextlib.closing(logger), contextlib.closing(experiment.train_batches(start)) as batches:
             state, done = loop.train(
-                state, experiment.train_step, batches, start=start, steps=steps, evaluate=evaluate,
-                eval_every=config.eval.every, save=save, save_every=config.checkpoint.every, logger=logger,
-                log_every=config.log.every, stop_requested=preemption.requested, each_step=checkpointer.poll,
-                memory=position.get("log"))
+                state,
+                experiment.train_step,
+                batches,
+                start=start,
+                steps=steps,
+                evaluate=evaluate,
+                eval_every=config.eval.every,
+                save=save,
+                save_every=config.checkpoint.every,
+                logger=logger,
+                log_every=config.log.every,
+                stop_requested=preemption.requested,
+                each_step=checkpointer.poll,
+                memory=position.get("log"),
+            )
     if done < steps:
-        print(f"stopped at step {done} of {steps}; the checkpoint is saved, and the same command resumes", file=sys.stderr)
+        print(
+            f"stopped at step {done} of {steps}; the checkpoint is saved, and the same command resumes", file=sys.stderr
+        )
         return {}
-    return _finish(experiment, path, {"params": evaluation_params(state), "variables": state.variables}, done,
-                   {"train_seconds": time.time() - began})
+    return _finish(
+        experiment,
+        path,
+        {"params": evaluation_params(state), "variables": state.variables},
+        done,
+        {"train_seconds": time.time() - began},
+    )
 
 
 def _check_best_metric(experiment) -> None:
-    """Refuses a `checkpoint.best_metric` that the validation cannot give. What evaluators will give is not known yet."""
+    """Refuses a `checkpoint.best_metric` that validation cannot give. What evaluators give is not known yet."""
     name = experiment.config.checkpoint.best_metric
     if name and name != "loss" and not experiment.config.eval.evaluators:
         state = experiment.abstract_state
         measured, _ = jax.eval_shape(
-            make_eval_step(experiment.loss_fn), state.params, state.variables, abstract_batch(experiment))
+            make_eval_step(experiment.loss_fn), state.params, state.variables, abstract_batch(experiment)
+        )
         if name not in measured:
             raise unknown("metric", name, ["loss", *measured], "config.checkpoint.best_metric")
 
@@ -143,18 +184,26 @@ def _finish(experiment, path, weights, step, results) -> dict[str, float]:
     if distributed.is_main():
         report.write_json(path / "results.json", results)
         page = report.Report(config.get("title", "vfm run"))
-        page.text(f"Mode {config.mode}, seed {config.seed}, {step} steps of {config.train.batch_size} examples, "
-                  f"{experiment.mesh.size} device(s).")
-        page.table(("result", "value"), list(results.items()),
-                   f"Results on the {config.eval.test_split} split")
+        page.text(
+            f"Mode {config.mode}, seed {config.seed}, {step} steps of {config.train.batch_size} examples, "
+            f"{experiment.mesh.size} device(s)."
+        )
+        page.table(("result", "value"), list(results.items()), f"Results on the {config.eval.test_split} split")
         if (path / "metrics.jsonl").exists():
             page.figure("loss", report.curves(path / "metrics.jsonl"), "Loss by step")
         for name, (caption, rows) in samples.items():
             page.samples(name, rows, caption)
-        page.table(("block", "parameters"), [(name, tree.count(block)) for name, block in params.items()], "Parameters by block")
-        page.table(("trait", "value"), _card(config, params, step),
-                   "Model card. A foundation model is large, trained on much data, serves many tasks and generalises beyond "
-                   "its domain; a run that has not measured all four does not claim to be one")
+        page.table(
+            ("block", "parameters"),
+            [(name, tree.count(block)) for name, block in params.items()],
+            "Parameters by block",
+        )
+        page.table(
+            ("trait", "value"),
+            _card(config, params, step),
+            "Model card. A foundation model is large, trained on much data, serves many tasks and generalises beyond "
+            "its domain; a run that has not measured all four does not claim to be one",
+        )
         page.write(path)
         for name, value in results.items():
             print(f"{name}: {value:.4g}")
@@ -171,10 +220,13 @@ def _card(config, params, step: int) -> list[tuple]:
     """The four traits of a foundation model, as far as this run knows them."""
     examples = step * config.train.batch_size
     tasks = config.data.get("tasks", ())
-    return [("parameters", tree.count(params)), ("examples seen", examples),
-            ("sequence positions seen", examples * config.data.length),
-            ("tasks served", f"{len(tasks)}: {', '.join(tasks)}" if tasks else f"1: {config.objective.name}"),
-            ("score outside its domain", "not measured")]
+    return [
+        ("parameters", tree.count(params)),
+        ("examples seen", examples),
+        ("sequence positions seen", examples * config.data.length),
+        ("tasks served", f"{len(tasks)}: {', '.join(tasks)}" if tasks else f"1: {config.objective.name}"),
+        ("score outside its domain", "not measured"),
+    ]
 
 
 MODES = {"train": train, "evaluate": evaluate, "generate": generate, "plan": plan}

@@ -45,9 +45,19 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 # Name -> mesh axes (None: replicated). The first group is parameters, the second activations.
 RULES: Mapping[str, Any] = {
-    "embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor", "layers": None,
-    "head_dim": None, "norm": None, "space": None, "channels": None, "tokens": None,
-    "batch": ("data", "fsdp"), "length": "context", "width": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "vocab": "tensor",
+    "layers": None,
+    "head_dim": None,
+    "norm": None,
+    "space": None,
+    "channels": None,
+    "tokens": None,
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    "width": None,
 }
 
 
@@ -68,8 +78,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if free and fixed and len(devices) % fixed == 0:
         shape[free[0]] = len(devices) // fixed
     if int(np.prod(list(shape.values()))) != len(devices):
-        raise UserError(f"config.mesh: {dict(sizes)} does not fit {len(devices)} devices; the product of the sizes must "
-                        f"be {len(devices)} (one size may be -1)")
+        raise UserError(
+            f"config.mesh: {dict(sizes)} does not fit {len(devices)} devices; the product of the sizes must "
+            f"be {len(devices)} (one size may be -1)"
+        )
     # Stock Linen layers fail on the default, Explicit axes.
     return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices, axis_types=(AxisType.Auto,) * len(shape))
 
@@ -108,7 +120,9 @@ def _warn_once(message: str) -> None:
     logging.warning("%s", message)
 
 
-def spec(names: Sequence[str | None], rules: Mapping[str, Any], shape: Sequence[int], mesh, where: str) -> PartitionSpec:
+def spec(
+    names: Sequence[str | None], rules: Mapping[str, Any], shape: Sequence[int], mesh, where: str
+) -> PartitionSpec:
     """Names of dimensions -> PartitionSpec; a dimension that its axes do not divide is replicated and logged."""
     axes = []
     for name, size in zip(names, shape, strict=True):
@@ -117,15 +131,17 @@ def spec(names: Sequence[str | None], rules: Mapping[str, Any], shape: Sequence[
         axis = rules[name] if name is not None else None
         parts = int(np.prod([mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ())]))
         if parts > 1 and size % parts:
-            _warn_once(f"sharding: {where}: dimension {name!r} of size {size} is replicated: mesh axes {axis} ({parts}) "
-                       "do not divide it")
+            _warn_once(
+                f"sharding: {where}: dimension {name!r} of size {size} is replicated: mesh axes {axis} ({parts}) "
+                "do not divide it"
+            )
             axis = None
         axes.append(axis if parts > 1 else None)
     return PartitionSpec(*axes)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrains an activation's sharding by the names of its dimensions; outside `use_mesh` it returns `x` as it is."""
+    """Constrains an activation's sharding by the names of its dimensions; outside `use_mesh` `x` stays as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if not _RULES or mesh.empty:
         return x
@@ -138,15 +154,20 @@ def parameter_names(path: str, shape: Sequence[int], table=PARAMETER_AXES) -> tu
         if re.fullmatch(regex, path):
             lead = ("layers",) if re.search(r"(^|/)layers/", path) else ()
             if len(lead) + len(names) != len(shape):
-                raise UserError(f"sharding: parameter {path} has shape {tuple(shape)}, but row {regex!r} names "
-                                f"{len(lead) + len(names)} dimensions: {lead + tuple(names)}")
+                raise UserError(
+                    f"sharding: parameter {path} has shape {tuple(shape)}, but row {regex!r} names "
+                    f"{len(lead) + len(names)} dimensions: {lead + tuple(names)}"
+                )
             return lead + tuple(names)
-    raise UserError(f"sharding: no row matches parameter {path} of shape {tuple(shape)}; add one to "
-                    "vfm.sharding.PARAMETER_AXES, or name the layer so that one does")
+    raise UserError(
+        f"sharding: no row matches parameter {path} of shape {tuple(shape)}; add one to "
+        "vfm.sharding.PARAMETER_AXES, or name the layer so that one does"
+    )
 
 
 def parameter_shardings(params, mesh: Mesh, rules: Mapping[str, Any] = RULES):
     """NamedShardings for a tree of arrays or ShapeDtypeStructs."""
+
     def one(path, leaf):
         return NamedSharding(mesh, spec(parameter_names(path, leaf.shape), rules, leaf.shape, mesh, path))
 
@@ -162,8 +183,10 @@ def check_batch(field: str, batch_size: int, accumulate: int, mesh: Mesh, rules:
     """Refuses a batch that the mesh or the accumulation does not divide."""
     parts = int(np.prod([mesh.shape[a] for a in rules["batch"]]))
     if accumulate < 1 or batch_size % (accumulate * parts):
-        raise UserError(f"config.{field}={batch_size} must be a multiple of accumulate × mesh "
-                        f"{' × '.join(rules['batch'])} = {accumulate} × {parts}")
+        raise UserError(
+            f"config.{field}={batch_size} must be a multiple of accumulate × mesh "
+            f"{' × '.join(rules['batch'])} = {accumulate} × {parts}"
+        )
 
 
 def local_rows(batch_size: int, sharding: NamedSharding) -> np.ndarray:
@@ -188,7 +211,9 @@ def to_global(batch, rows: np.ndarray, batch_size: int, sharding: NamedSharding)
 
 
 def dump(params, mesh: Mesh, rules: Mapping[str, Any] = RULES) -> str:
-    """One line per parameter: path, shape, PartitionSpec. A golden test keeps it, so that a change is seen in review."""
+    """One line per parameter: path, shape, PartitionSpec. A golden test keeps it: a change is seen in review."""
     shardings = tree.flatten(parameter_shardings(params, mesh, rules))
-    return "".join(f"{path} {tuple(leaf.shape)} {tuple(shardings[path].spec)}\n"
-                   for path, leaf in sorted(tree.flatten(params).items()))
+    return "".join(
+        f"{path} {tuple(leaf.shape)} {tuple(shardings[path].spec)}\n"
+        for path, leaf in sorted(tree.flatten(params).items())
+    )

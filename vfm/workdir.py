@@ -74,7 +74,8 @@ def prepare(workdir: str, config: Any, *, write: bool) -> pathlib.Path:
         if different and not config.get("allow_changed_config", False):
             raise UserError(
                 f"{path} holds a run with another config ({'; '.join(different)}). Choose another --workdir, "
-                "or pass --config.allow_changed_config to continue it with this one")
+                "or pass --config.allow_changed_config to continue it with this one"
+            )
     elif write:
         record(path, config)
     return path

@@ -30,9 +30,7 @@ def test_rotation_and_scale_turn_about_the_centre():
 
 
 def test_gain_is_in_decibels():
-    gains = [
-        augment.apply(np.ones(3, np.float32), np.random.default_rng(s), {"gain_db": 6.0}) for s in range(100)
-    ]
+    gains = [augment.apply(np.ones(3, np.float32), np.random.default_rng(s), {"gain_db": 6.0}) for s in range(100)]
     decibels = 20 * np.log10([gain[0] for gain in gains])
     assert -6 <= decibels.min() < -4 and 4 < decibels.max() <= 6 and gains[0].dtype == np.float32
 

@@ -14,9 +14,7 @@ IMAGE, AUDIO = np.ones((2, 2, 1), np.float32), np.arange(4, dtype=np.float32)
 
 
 def test_input_then_answer_against_hand_written_arrays():
-    row = interleave(
-        [Text([1]), Input("image", IMAGE), Text("ab", target=True), Text([2], True)], LAYOUT, TOKENIZER
-    )
+    row = interleave([Text([1]), Input("image", IMAGE), Text("ab", target=True), Text([2], True)], LAYOUT, TOKENIZER)
     np.testing.assert_array_equal(row["tokens"], [1, 0, 0, 0, A, B, 2, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(row["targets"], [0, 0, 0, A, B, 2, 0, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(row["loss_mask"], [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0])
@@ -68,9 +66,7 @@ def test_the_same_object_as_input_and_output_is_one_item_and_a_copy_is_two():
 
 
 def test_carried_item_takes_no_position():
-    row = interleave(
-        [Carry("audio", AUDIO), Text("a", target=True), Text("b", target=True)], LAYOUT, TOKENIZER
-    )
+    row = interleave([Carry("audio", AUDIO), Text("a", target=True), Text("b", target=True)], LAYOUT, TOKENIZER)
     np.testing.assert_array_equal(row["inputs"]["audio"][0], AUDIO)
     assert row["starts"]["audio"][0] == row["signal_starts"]["audio"][0] == -1
     # The first token opens the row: there is no position before it to predict it from.

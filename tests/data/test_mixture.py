@@ -31,9 +31,7 @@ def mixture(tmp_path, sizes, weights):
     )  # <bos>, one name and 3 digits, <eos>: one row each
 
 
-@pytest.mark.parametrize(
-    "sizes, weights", [((30, 10, 60), (0.3, 0.2, 0.5)), ((7, 5), (1, 1)), ((1, 50), (2, 8))]
-)
+@pytest.mark.parametrize("sizes, weights", [((30, 10, 60), (0.3, 0.2, 0.5)), ((7, 5), (1, 1)), ((1, 50), (2, 8))])
 def test_ratios_are_exact_and_even_and_every_row_appears(tmp_path, sizes, weights):
     dataset = mixture(tmp_path, sizes, weights)
     share = np.array(weights) / sum(weights)

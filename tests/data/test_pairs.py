@@ -70,8 +70,7 @@ def test_mixed_input_has_the_question_and_not_the_word():
 def test_partners_have_the_label_of_the_anchor():
     dataset = make(task="image+audio->text")
     audio = {
-        array["audio"].tobytes(): array["label"]
-        for array in map(dataset.sources["audio"].__getitem__, range(500))
+        array["audio"].tobytes(): array["label"] for array in map(dataset.sources["audio"].__getitem__, range(500))
     }
     partners = {dataset.example(index, rng(index))["inputs"]["audio"][0].tobytes() for index in range(60)}
     assert len(partners) > 40  # many different ones

@@ -47,9 +47,7 @@ def test_batch_is_a_pure_function_of_seed_and_step():
     assert not np.array_equal(later[2]["index"], Pipeline(Numbers(), 4, seed=4).batch(0)["index"])
     assert later[0]["inputs"]["x"].shape == (4, 2) and later[0]["label"].shape == (4,)
     np.testing.assert_array_equal(later[0]["example_mask"], np.ones(4, np.float32))
-    assert (
-        later[0]["skipped"] == 0 and later[0]["skipped"].dtype == np.int32 and later[0]["skipped"].shape == ()
-    )
+    assert later[0]["skipped"] == 0 and later[0]["skipped"].dtype == np.int32 and later[0]["skipped"].shape == ()
 
 
 def test_every_epoch_has_every_index_once_in_a_new_order():
@@ -71,9 +69,7 @@ def test_an_index_draws_anew_in_each_epoch_and_each_position():
     pipeline = Pipeline(Numbers(4), 4, seed=0, shuffle=False)
     draws = [pipeline.batch(step)["inputs"]["x"] for step in range(3)]
     assert len(np.unique(np.stack(draws))) == 24
-    assert not np.array_equal(
-        draws[0], Pipeline(Numbers(4), 4, seed=1, shuffle=False).batch(0)["inputs"]["x"]
-    )
+    assert not np.array_equal(draws[0], Pipeline(Numbers(4), 4, seed=1, shuffle=False).batch(0)["inputs"]["x"])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -87,9 +83,7 @@ def test_rows_of_the_processes_make_the_global_batch(processes):
         batch = whole.batch(step)
         for key in ("index", "label", "example_mask"):
             np.testing.assert_array_equal(np.concatenate([part[key] for part in parts]), batch[key])
-        np.testing.assert_array_equal(
-            np.concatenate([part["inputs"]["x"] for part in parts]), batch["inputs"]["x"]
-        )
+        np.testing.assert_array_equal(np.concatenate([part["inputs"]["x"] for part in parts]), batch["inputs"]["x"])
         assert sum(part["skipped"] for part in parts) == batch["skipped"]
     same(whole.batch(1, slice(2, 5)), whole.batch(1, [2, 3, 4]))
 
@@ -162,9 +156,7 @@ def test_evaluation_sees_each_example_once_in_order():
     assert [batch["example_mask"].sum() for batch in limited] == [4, 1]
     parts = [list(eval_batches(Numbers(10), 4, rows=rows)) for rows in (range(0, 2), range(2, 4))]
     for batch, first, second in zip(batches, *parts):
-        np.testing.assert_array_equal(
-            np.concatenate([first["index"], second["index"]])[:2], batch["index"][:2]
-        )
+        np.testing.assert_array_equal(np.concatenate([first["index"], second["index"]])[:2], batch["index"][:2])
         for part, rows in ((first, slice(0, 2)), (second, slice(2, 4))):
             np.testing.assert_array_equal(part["example_mask"], batch["example_mask"][rows])
 

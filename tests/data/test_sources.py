@@ -30,9 +30,7 @@ def test_digits_splits_are_disjoint_and_complete():
 
 
 def test_dtmf_energy_is_at_the_two_frequencies_of_the_key():
-    source = build_source(
-        {"name": "dtmf", "snr_db": (10.0, 10.0), "duration": 0.25, "tone": (0.2, 0.25)}, "test"
-    )
+    source = build_source({"name": "dtmf", "snr_db": (10.0, 10.0), "duration": 0.25, "tone": (0.2, 0.25)}, "test")
     groups = sorted({low for low, _ in DTMF_HZ}), sorted({high for _, high in DTMF_HZ})
     assert groups == ([697, 770, 852, 941], [1209, 1336, 1477])
     assert len(set(DTMF_HZ)) == 10
@@ -76,9 +74,7 @@ def test_dtmf_is_a_pure_function_of_split_and_index():
     for a in range(len(first)):
         for b in range(a):
             assert np.abs(np.corrcoef(first[a], first[b])[0, 1]) < 0.9
-    onsets = [
-        np.flatnonzero(np.abs(two[i]["audio"]) > 0.3 * np.abs(two[i]["audio"]).max())[0] for i in range(20)
-    ]
+    onsets = [np.flatnonzero(np.abs(two[i]["audio"]) > 0.3 * np.abs(two[i]["audio"]).max())[0] for i in range(20)]
     assert len(set(onsets)) > 10
 
 
@@ -114,9 +110,7 @@ def test_jsonl_reads_at_random_and_names_a_bad_line(tmp_path, suffix):
         for index, line in ((1, 3), (3, 5), (4, 6), (5, 7)):
             with pytest.raises(CorruptRecord, match=f"rows.jsonl.*:{line}: "):
                 reader[index]
-    assert (
-        pickle.loads(pickle.dumps(source)).fd is None
-    )  # a descriptor of another process would be a stranger
+    assert pickle.loads(pickle.dumps(source)).fd is None  # a descriptor of another process would be a stranger
     labelled = build_source(cfg | {"label_field": "kind"}, "train")
     assert labelled.class_names == ("a", "b") and labelled.labels.tolist() == [1, 0, 0, -1, -1, 1]
     with pytest.raises(UserError, match="did you mean 'b'|unknown class"):
@@ -215,9 +209,7 @@ def test_wav_formats(tmp_path, kind, bits):
         whole = np.round(wanted * 2.0 ** (bits - 1)).astype("<i8")
         body = b"".join(int(v).to_bytes(bits // 8, "little", signed=True) for v in whole)
     width = bits // 8
-    form = struct.pack("<HHIIHH", 0xFFFE, 1, 8000, 8000 * width, width, bits) + struct.pack(
-        "<HHI", 22, bits, 0
-    )
+    form = struct.pack("<HHIIHH", 0xFFFE, 1, 8000, 8000 * width, width, bits) + struct.pack("<HHI", 22, bits, 0)
     form += struct.pack("<H", kind) + b"\x00" * 14
     chunks = b"LIST" + struct.pack("<I", 3) + b"abc\x00" + b"fmt " + struct.pack("<I", len(form)) + form
     chunks += b"data" + struct.pack("<I", len(body)) + body
@@ -293,7 +285,5 @@ def test_bad_folders(tmp_path):
             build_source({"name": "image_folder", "dir": str(tmp_path)} | fields, split)
     with pytest.raises(UserError, match="no .wav file"):
         build_source({"name": "audio_folder", "dir": str(tmp_path)}, "train")
-    reordered = build_source(
-        {"name": "image_folder", "dir": str(tmp_path), "classes": ("dog", "cow", "cat")}, "test"
-    )
+    reordered = build_source({"name": "image_folder", "dir": str(tmp_path), "classes": ("dog", "cow", "cat")}, "test")
     assert json.dumps(reordered.labels.tolist()) == "[0, 2]"

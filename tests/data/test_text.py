@@ -39,9 +39,7 @@ def test_packed_rows_lose_no_token_and_never_predict_across_documents(tmp_path, 
             tokens, targets, mask = (row[k][at] for k in ("tokens", "targets", "loss_mask"))
             np.testing.assert_array_equal(tokens[1:], targets[:-1])
             assert mask[:-1].all()  # inside a piece everything is predicted
-            assert mask[-1] == (
-                tokens[-1] != eos
-            )  # a cut document knows its next token; an ended one has none
+            assert mask[-1] == (tokens[-1] != eos)  # a cut document knows its next token; an ended one has none
             pieces.append(tokens.tolist())
             pairs += [(int(a), int(b)) for a, b, m in zip(tokens, targets, mask) if m]
     assert sorted(sum(pieces, [])) == sorted(sum(documents, []))

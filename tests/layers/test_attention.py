@@ -101,7 +101,8 @@ def test_equals_the_formula(kv_heads, masked):
 def test_equals_the_reference_library():
     io = np.load(FIXTURE)
     q, k, v, k2, v2, cotangent = (
-        jnp.asarray(io[f"in/{name}"].swapaxes(1, 2)) for name in ("q", "k", "v", "k2", "v2", "cot"))
+        jnp.asarray(io[f"in/{name}"].swapaxes(1, 2)) for name in ("q", "k", "v", "k2", "v2", "cot")
+    )
     causal = make_mask(jnp.arange(7), jnp.arange(7), causal=True)
     for name, args in {
         "plain": (q, k, v, None),

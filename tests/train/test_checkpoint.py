@@ -36,9 +36,7 @@ class State:
 
 
 def mesh_of(devices: int):
-    return jax.make_mesh(
-        (devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-    )
+    return jax.make_mesh((devices,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
 
 
 def make_state(devices: int = 8, seed: int = 0) -> State:
@@ -242,9 +240,7 @@ def test_no_good_step_is_an_error_and_not_a_fresh_start(tmp_path):
     for _ in range(2):  # also when the same command is started again
         with (
             Checkpointer(tmp_path) as checkpointer,
-            pytest.raises(
-                UserError, match="no good checkpoint is left .*to start from the beginning"
-            ) as error,
+            pytest.raises(UserError, match="no good checkpoint is left .*to start from the beginning") as error,
         ):
             checkpointer.restore(abstract(make_state()))
         assert "\n" not in str(error.value)
@@ -297,9 +293,7 @@ def test_bad_arguments_are_refused(tmp_path):
 def run_worker(*args, **options):
     env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), *sys.path])}
     command = [sys.executable, str(WORKER), *map(str, args)]
-    return subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
 def test_kill_in_the_middle_of_a_write(tmp_path):
@@ -340,9 +334,7 @@ def test_full_disk_is_one_line_and_keeps_the_last_step(tmp_path):
     process = run_worker(tmp_path, 10_000)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert errors.count("\n") == 1 and errors.startswith(
-        "error: the checkpoint of step 3 could not be written"
-    )
+    assert errors.count("\n") == 1 and errors.startswith("error: the checkpoint of step 3 could not be written")
     assert "File too large" in errors and str(tmp_path) in errors
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.latest_step() == 2

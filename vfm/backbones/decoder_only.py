@@ -11,7 +11,9 @@ from vfm.layers.transformer import Transformer
 
 POSITIONS = ("learned", "rope", "none")
 # Field values of the two styles, for configs: {**GPT2, "width": 256, ...}.
-GPT2 = dict(norm="layernorm", norm_epsilon=1e-5, positions="learned", activation="gelu_tanh", gated=False, use_bias=True)
+GPT2 = dict(
+    norm="layernorm", norm_epsilon=1e-5, positions="learned", activation="gelu_tanh", gated=False, use_bias=True
+)
 LLAMA = dict(norm="rmsnorm", norm_epsilon=1e-6, positions="rope", activation="silu", gated=True, use_bias=False)
 
 
@@ -23,9 +25,9 @@ class DecoderOnly(nn.Module):
     Args of the call:
       input_mask: bool[B, T], False at padding. segment_ids: int32[B, T] for packed rows; tokens see their own segment.
       positions: int32[B, T]; the default counts the real tokens of `input_mask` (so left padding is right as well).
-      cache: what `init_cache` gives or the last call returned: keys and values of all layers, and which are real. The new
-        tokens are written behind those in it. Without room left the result is undefined (sizes are static): the caller
-        counts.
+      cache: what `init_cache` gives or the last call returned: keys and values of all layers, and which are real. The
+        new tokens are written behind those in it. Without room left the result is undefined (sizes are static): the
+        caller counts.
     """
 
     width: int = 32
@@ -53,7 +55,7 @@ class DecoderOnly(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, input_mask=None, segment_ids=None, positions=None, cache=None, train: bool):
         B, T, D = x.shape
-        if D != self.width:
+        if self.width != D:
             raise UserError(f"DecoderOnly takes features of width {self.width}, not {D}")
         if self.positions not in POSITIONS:
             raise unknown("positions", self.positions, POSITIONS, "model.backbone")
@@ -76,14 +78,26 @@ class DecoderOnly(nn.Module):
         mask = make_mask(q_index, index, causal=True, kv_mask=valid, q_segments=segment_ids, kv_segments=segments)
         table = None
         if self.positions == "learned":
-            x = x + nn.Embed(self.max_len, D, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype,
-                             name="positions")(positions)
+            x = x + nn.Embed(
+                self.max_len, D, embedding_init=nn.initializers.normal(0.02), dtype=self.dtype, name="positions"
+            )(positions)
         elif self.positions == "rope":
             table = rotary(positions, self.key_dim, self.rope_theta)
         x = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)
         x, out = Transformer(
-            self.depth, self.num_heads, self.mlp_dim, self.num_kv_heads, self.head_dim, self.norm, self.norm_epsilon,
-            self.activation, self.gated, self.use_bias, self.dropout, remat=self.remat, dtype=self.dtype,
+            self.depth,
+            self.num_heads,
+            self.mlp_dim,
+            self.num_kv_heads,
+            self.head_dim,
+            self.norm,
+            self.norm_epsilon,
+            self.activation,
+            self.gated,
+            self.use_bias,
+            self.dropout,
+            remat=self.remat,
+            dtype=self.dtype,
             name="transformer",
         )(x, mask=mask, table=table, cache=layer_cache, train=train)
         if cache is not None:
@@ -91,8 +105,12 @@ class DecoderOnly(nn.Module):
         return x, out
 
     def init_cache(self, batch_size: int, length: int) -> dict[str, jax.Array]:
-        """An empty cache for `length` tokens: "key", "value" float[L, B, S, N, K], "index" int32[L], "valid" bool[B, S]."""
+        """An empty cache for `length` tokens: key, value float[L, B, S, N, K], index int32[L], valid bool[B, S]."""
         shape = (self.depth, batch_size, length, self.num_kv_heads or self.num_heads, self.key_dim)
         zeros = jnp.zeros(shape, jnp.dtype(self.dtype))
-        return {"key": zeros, "value": zeros, "index": jnp.zeros((self.depth,), jnp.int32),
-                "valid": jnp.zeros((batch_size, length), bool)}
+        return {
+            "key": zeros,
+            "value": zeros,
+            "index": jnp.zeros((self.depth,), jnp.int32),
+            "valid": jnp.zeros((batch_size, length), bool),
+        }

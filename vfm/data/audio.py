@@ -50,9 +50,7 @@ class Dtmf:
         self.split = check_split(split, sizes, "source 'dtmf'")
         self.sample_rate, self.samples = int(sample_rate), round(sample_rate * duration)
         if not 0 < tone[0] <= tone[1] <= duration:
-            raise UserError(
-                f"source 'dtmf': tone={tuple(tone)} s must be a range within duration={duration} s"
-            )
+            raise UserError(f"source 'dtmf': tone={tuple(tone)} s must be a range within duration={duration} s")
         if self.sample_rate <= 2 * 1477:
             raise UserError(f"source 'dtmf': sample_rate={sample_rate} is too low for 1477 Hz (use 8000)")
         self.ranges = tuple(tone), tuple(level_db), tuple(twist_db), tuple(snr_db)

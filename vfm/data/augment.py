@@ -18,9 +18,7 @@ def check(augment: Mapping[str, Mapping[str, float]], ranks: Mapping[str, int]) 
             if field not in FIELDS:
                 raise unknown("field", field, FIELDS, where=f"augment.{modality}")
             if field in ("scale", "rotate") and ranks[modality] != 3:
-                raise UserError(
-                    f"augment.{modality}.{field} needs items [H, W, C], found rank {ranks[modality]}"
-                )
+                raise UserError(f"augment.{modality}.{field} needs items [H, W, C], found rank {ranks[modality]}")
             if value < 0 or (field == "scale" and value >= 1):
                 raise UserError(f"augment.{modality}.{field}={value} is out of range")
 
@@ -63,7 +61,6 @@ def _affine(array: np.ndarray, rng: np.random.Generator, scale: float, rotate: f
     centre = (np.array(array.shape[:2]) - 1) / 2
     offset = centre - matrix @ centre
     planes = [
-        affine_transform(array[..., c], matrix, offset, order=1, output=np.float32)
-        for c in range(array.shape[-1])
+        affine_transform(array[..., c], matrix, offset, order=1, output=np.float32) for c in range(array.shape[-1])
     ]
     return np.stack(planes, axis=-1)

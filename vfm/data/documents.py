@@ -42,9 +42,7 @@ class Jsonl:
             try:
                 self.data = gzip.decompress(self.path.read_bytes())
             except (OSError, EOFError, zlib.error) as error:
-                raise UserError(
-                    f"source 'jsonl': gzip file {str(self.path)!r} is damaged: {error}"
-                ) from error
+                raise UserError(f"source 'jsonl': gzip file {str(self.path)!r} is damaged: {error}") from error
         self.fd: int | None = None
         spans, begin = [], 0
         lines = self.data.splitlines(keepends=True) if self.data is not None else self.path.open("rb")
@@ -94,22 +92,16 @@ class Jsonl:
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             raise CorruptRecord(f"{self._where(index)}: not a line of JSON: {error}") from error
         if not isinstance(record, dict):
-            raise CorruptRecord(
-                f"{self._where(index)}: expected a JSON object, found {type(record).__name__}"
-            )
+            raise CorruptRecord(f"{self._where(index)}: expected a JSON object, found {type(record).__name__}")
         return record
 
     def _field(self, index: int, field: str):
         record = self._record(index)
         if field not in record:
-            raise CorruptRecord(
-                f"{self._where(index)}: no field {field!r}; it has {', '.join(sorted(record))}"
-            )
+            raise CorruptRecord(f"{self._where(index)}: no field {field!r}; it has {', '.join(sorted(record))}")
         value = record[field]
         if not isinstance(value, str | int | float):
-            raise CorruptRecord(
-                f"{self._where(index)}: field {field!r} is a {type(value).__name__}, not text"
-            )
+            raise CorruptRecord(f"{self._where(index)}: field {field!r} is a {type(value).__name__}, not text")
         return value
 
     def __len__(self) -> int:

@@ -154,9 +154,7 @@ class Pairs:
             used = {*task.inputs, task.output} - {"text"}
             items = {m: np.zeros(self.layout.modality(m).item_shape, np.float32) for m in used}
             try:
-                interleave(
-                    self._segments(task, task.inputs, items, longest, True), self.layout, self.tokenizer
-                )
+                interleave(self._segments(task, task.inputs, items, longest, True), self.layout, self.tokenizer)
             except UserError as error:
                 raise UserError(f"task '{'+'.join(task.inputs)}->{task.output}': {error}") from error
 
@@ -185,9 +183,7 @@ class Pairs:
             raise CorruptRecord(f"dataset 'pairs': item {index} of {self.anchor!r} has no label")
         indices = {}
         for modality, rows in self.rows.items():
-            indices[modality] = (
-                index if modality == self.anchor else int(rows[label][rng.integers(len(rows[label]))])
-            )
+            indices[modality] = index if modality == self.anchor else int(rows[label][rng.integers(len(rows[label]))])
         order = task.inputs
         if self.shuffle_inputs:
             order = tuple(order[i] for i in rng.permutation(len(order)))

@@ -57,9 +57,7 @@ class Pipeline:
         if self._order is None:
             import grain
 
-            self._order = (
-                grain.MapDataset.range(len(self.dataset)).shuffle(seed=self.seed % 2**32).repeat(None)
-            )
+            self._order = grain.MapDataset.range(len(self.dataset)).shuffle(seed=self.seed % 2**32).repeat(None)
         return int(self._order[position])
 
     def batch(self, step: int, rows: Sequence[int] | slice | None = None) -> dict:
@@ -79,9 +77,7 @@ class Pipeline:
         index, size = self.index(position), len(self.dataset)
         for attempt in range(min(size, _MOST_SKIPS)):
             try:
-                return self.dataset.example(
-                    (index + attempt) % size, rng(self.seed, position, attempt)
-                ), attempt
+                return self.dataset.example((index + attempt) % size, rng(self.seed, position, attempt)), attempt
             except CorruptRecord as error:
                 if not self.skip_corrupt:
                     raise
@@ -141,9 +137,7 @@ class Batches:
             # Worker w of W builds the elements w, w + W, … and they are taken in turn: the order is that of
             # i.
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    pipeline.workers, per_worker_buffer_size=max(pipeline.prefetch, 1)
-                )
+                grain.MultiprocessingOptions(pipeline.workers, per_worker_buffer_size=max(pipeline.prefetch, 1))
             )
         self._iterator = iter(batches)
         # Also when it is dropped, or the program ends: otherwise workers and shared memory stay behind.

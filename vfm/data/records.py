@@ -24,9 +24,7 @@ def check_split(split: str, known: Iterable[str], where: str) -> str:
 
 def hash_split(key: str, fractions: Mapping[str, float]) -> str:
     """The split of `key` by the first 64 bits of its SHA-256, so that it never depends on the other files."""
-    point = (
-        int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2.0**64 * sum(fractions.values())
-    )
+    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2.0**64 * sum(fractions.values())
     for split, fraction in fractions.items():
         point -= fraction
         if point < 0:

@@ -30,8 +30,16 @@ class Text:
 
     keys = frozenset({"segment_ids", "positions"})
 
-    def __init__(self, source: Mapping, *, split: str, layout: Layout, tokenizer, packing: str = "split",
-                 skip_corrupt: bool = False):
+    def __init__(
+        self,
+        source: Mapping,
+        *,
+        split: str,
+        layout: Layout,
+        tokenizer,
+        packing: str = "split",
+        skip_corrupt: bool = False,
+    ):
         documents = build_source(source, split)
         self.layout, self.tokenizer = layout, tokenizer
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
@@ -46,14 +54,16 @@ class Text:
                 continue
             if "text" not in item:
                 raise UserError(f"dataset 'text': source {source['name']!r} gives {sorted(item)}, no 'text'")
-            ids.append(
-                np.asarray([tokenizer.bos_id, *tokenizer.encode(item["text"]), tokenizer.eos_id], dtype)
-            )
+            ids.append(np.asarray([tokenizer.bos_id, *tokenizer.encode(item["text"]), tokenizer.eos_id], dtype))
         if not ids:
             raise UserError(f"dataset 'text': all {len(skipped)} documents are corrupt; the first: {skipped[0]}")
         if skipped:
-            log.warning("dataset 'text': %d of %d documents are corrupt and left out; the first: %s",
-                        len(skipped), len(documents), skipped[0])
+            log.warning(
+                "dataset 'text': %d of %d documents are corrupt and left out; the first: %s",
+                len(skipped),
+                len(documents),
+                skipped[0],
+            )
         lengths = np.asarray([len(piece) for piece in ids], np.int64)
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         self.ids = np.concatenate(ids)

@@ -61,9 +61,7 @@ class Tfds:
         name, _, version = self.dataset.partition(":")
         folder = root / name
         if not folder.is_dir():
-            raise unknown(
-                "TFDS data set", name, (p.name for p in root.iterdir() if p.is_dir()), where=repr(str(root))
-            )
+            raise unknown("TFDS data set", name, (p.name for p in root.iterdir() if p.is_dir()), where=repr(str(root)))
         versions = sorted(p.name for p in folder.iterdir() if (p / "dataset_info.json").is_file())
         if not version:
             raise UserError(
@@ -75,9 +73,7 @@ class Tfds:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise UserError(
-                f"source 'tfds' needs the extra 'tfds' (pip install 'vfm[tfds]'): {error}"
-            ) from error
+            raise UserError(f"source 'tfds' needs the extra 'tfds' (pip install 'vfm[tfds]'): {error}") from error
         self.folder = folder / version
         try:
             self.builder = tfds.builder_from_directory(self.folder)
@@ -87,9 +83,7 @@ class Tfds:
         for feature in self.features:
             if feature not in known:
                 raise unknown("feature", feature, known, where=f"TFDS data set {self.dataset!r}")
-        self.skip = {
-            name: tfds.decode.SkipDecoding() for name in known if type(known[name]).__name__ == "Image"
-        }
+        self.skip = {name: tfds.decode.SkipDecoding() for name in known if type(known[name]).__name__ == "Image"}
         base = re.split(r"[\[+]", self.tfds_split)[0].strip()
         check_split(base, self.builder.info.splits, f"TFDS data set {self.dataset!r}")
         try:
@@ -103,9 +97,7 @@ class Tfds:
         """Reads labels and filter fields once, with pictures left encoded."""
         for feature in where:
             if feature not in self.builder.info.features:
-                raise unknown(
-                    "feature", feature, self.builder.info.features, where=f"`where` of {self.dataset!r}"
-                )
+                raise unknown("feature", feature, self.builder.info.features, where=f"`where` of {self.dataset!r}")
         label = next((feature for feature, kind in self.features.items() if kind == "label"), None)
         self.indices = np.arange(len(self.data))
         self.labels = None
@@ -129,9 +121,7 @@ class Tfds:
                     keep.append(index)
                     labels.append(int(record[label]) if label else -1)
         if not keep:
-            raise UserError(
-                f"TFDS data set {self.dataset!r}, split {self.tfds_split!r}: `where` leaves no record"
-            )
+            raise UserError(f"TFDS data set {self.dataset!r}, split {self.tfds_split!r}: `where` leaves no record")
         self.indices = np.asarray(keep)
         if label:
             self.labels = np.asarray(labels, np.int32)

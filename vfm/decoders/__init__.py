@@ -1,8 +1,8 @@
 """Modality decoders MD: features of one modality -> its raw data.
 
-A decoder declares `in_width` and `num_tokens` (the features that it takes; None takes any) and `item_shape` (the raw item
-that it gives; None for text logits), and is called as `decoder(features [B, P, W], train=...) -> (item, out)`. All fields
-have defaults.
+A decoder declares `in_width` and `num_tokens` (the features that it takes; None takes any) and `item_shape` (the raw
+item that it gives; None for text logits), and is called as `decoder(features [B, P, W], train=...) -> (item, out)`. All
+fields have defaults.
 """
 
 from vfm.decoders.autoencoder import ConvDecoder

@@ -1,7 +1,8 @@
 """Modality encoders ME: raw data of one modality -> its features.
 
-An encoder declares `item_shape` (the shape of one raw item), `num_tokens` (features per item) and `width`, and is called
-as `encoder(items [B, *item_shape], train=...) -> (features float[B, num_tokens, width], out)`. All fields have defaults.
+An encoder declares `item_shape` (the shape of one raw item), `num_tokens` (features per item) and `width`, and is
+called as `encoder(items [B, *item_shape], train=...) -> (features float[B, num_tokens, width], out)`. All fields have
+defaults.
 """
 
 from vfm.errors import UserError
@@ -10,8 +11,10 @@ from vfm.errors import UserError
 def check_item(encoder, items) -> None:
     """Refuses items whose shape is not the encoder's `item_shape`."""
     if tuple(items.shape[1:]) != tuple(encoder.item_shape):
-        raise UserError(f"{type(encoder).__name__} takes items of shape {tuple(encoder.item_shape)}, "
-                        f"not {tuple(items.shape[1:])} (batch of shape {tuple(items.shape)})")
+        raise UserError(
+            f"{type(encoder).__name__} takes items of shape {tuple(encoder.item_shape)}, "
+            f"not {tuple(items.shape[1:])} (batch of shape {tuple(items.shape)})"
+        )
 
 
 from vfm.encoders.audio import AudioTransformer  # noqa: E402

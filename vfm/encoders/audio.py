@@ -43,8 +43,9 @@ def power_spectrogram(waveform: jax.Array, n_fft: int, hop: int) -> jax.Array:
     return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
 
 
-def log_mel(waveform: jax.Array, *, sample_rate: int, n_fft: int, hop: int, n_mels: int,
-            max_frequency: float | None = None) -> jax.Array:
+def log_mel(
+    waveform: jax.Array, *, sample_rate: int, n_fft: int, hop: int, n_mels: int, max_frequency: float | None = None
+) -> jax.Array:
     """Log-mel spectrogram as Whisper takes it (Radford et al. 2022): float[B, S] -> float32[B, S / hop, n_mels].
 
     log10 of the mel power, cut 8 decades below the loudest bin of the item, then (x + 4) / 4: about [-1, 1]. The last
@@ -89,12 +90,22 @@ class AudioTransformer(nn.Module):
     @nn.compact
     def __call__(self, waveform: jax.Array, *, train: bool):
         check_item(self, waveform)
-        spectrogram = log_mel(waveform, sample_rate=self.sample_rate, n_fft=self.n_fft, hop=self.hop, n_mels=self.n_mels)
+        spectrogram = log_mel(
+            waveform, sample_rate=self.sample_rate, n_fft=self.n_fft, hop=self.hop, n_mels=self.n_mels
+        )
         x = spectrogram[:, : self.num_tokens * self.frames].astype(jnp.dtype(self.dtype))
-        x = nn.Conv(self.width, (self.frames,), strides=(self.frames,), padding="VALID", dtype=self.dtype,
-                    name="frames")(x)
+        x = nn.Conv(
+            self.width, (self.frames,), strides=(self.frames,), padding="VALID", dtype=self.dtype, name="frames"
+        )(x)
         positions = self.param("positions", nn.initializers.normal(0.02), (self.num_tokens, self.width))
         x = x + positions[None].astype(x.dtype)
-        x, out = Transformer(self.depth, self.num_heads, self.mlp_dim, dropout=self.dropout, remat=self.remat,
-                             dtype=self.dtype, name="transformer")(x, train=train)
+        x, out = Transformer(
+            self.depth,
+            self.num_heads,
+            self.mlp_dim,
+            dropout=self.dropout,
+            remat=self.remat,
+            dtype=self.dtype,
+            name="transformer",
+        )(x, train=train)
         return x, {**out, "log_mel": spectrogram}

@@ -12,8 +12,8 @@ class ViT(nn.Module):
     """Vision Transformer (Dosovitskiy et al. 2021): image float[B, H, W, C] -> (float[B, P, D], out).
 
     P = (H / patch_size) · (W / patch_size) patches, rows first. No class token: every patch is a feature.
-    `item_shape` is (H, W, C); an image of another shape, or a side that `patch_size` does not divide, raises `UserError`.
-    out["layers"]: float[L, B, P, D].
+    `item_shape` is (H, W, C); an image of another shape, or a side that `patch_size` does not divide, raises
+    `UserError`. out["layers"]: float[L, B, P, D].
     """
 
     image_size: tuple[int, int] = (8, 8)
@@ -50,5 +50,12 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], self.num_tokens, self.width)
         positions = self.param("positions", nn.initializers.normal(0.02), (self.num_tokens, self.width))
         x = x + positions[None].astype(x.dtype)
-        return Transformer(self.depth, self.num_heads, self.mlp_dim, dropout=self.dropout, remat=self.remat,
-                           dtype=self.dtype, name="transformer")(x, train=train)
+        return Transformer(
+            self.depth,
+            self.num_heads,
+            self.mlp_dim,
+            dropout=self.dropout,
+            remat=self.remat,
+            dtype=self.dtype,
+            name="transformer",
+        )(x, train=train)

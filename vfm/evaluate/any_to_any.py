@@ -17,12 +17,16 @@ def check_any_to_any(experiment) -> None:
     """Refuses a config without tasks, and a backbone without room for prompt and answer."""
     config, max_len = experiment.config, experiment.model.backbone.max_len
     if "tasks" not in config.data or "words" not in config.data:
-        raise UserError(f"the evaluator 'any_to_any' needs config.data.tasks and .words; the dataset {config.data.name!r} "
-                        "has none. Leave it out of config.eval.evaluators")
+        raise UserError(
+            f"the evaluator 'any_to_any' needs config.data.tasks and .words; the dataset {config.data.name!r} "
+            "has none. Leave it out of config.eval.evaluators"
+        )
     room = config.data.length + _max_new(experiment.tokenizer, config.data.words)
     if any(Task.split(task)[1] == "text" for task in config.data.tasks) and room > max_len:
-        raise UserError(f"the evaluator 'any_to_any' generates up to position {room}: config.data.length="
-                        f"{config.data.length} and the longest word; model.backbone.max_len={max_len} is too small")
+        raise UserError(
+            f"the evaluator 'any_to_any' generates up to position {room}: config.data.length="
+            f"{config.data.length} and the longest word; model.backbone.max_len={max_len} is too small"
+        )
 
 
 def any_to_any(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
@@ -50,7 +54,8 @@ def any_to_any(experiment, params, variables, split: str, limit: int | None) -> 
             if output not in judges:
                 judges[output] = _fit_judge(experiment, variables, output)
                 found[f"judge_{output}_accuracy"] = _judge_real(
-                    experiment, variables, judges[output], experiment.dataset(split, task=task), output, limit)
+                    experiment, variables, judges[output], experiment.dataset(split, task=task), output, limit
+                )
             accuracy, rows = _to_item(experiment, variables, prompts, output, judges[output], limit)
             suffix = "accuracy" if output in experiment.model.decoders else "class_accuracy"
             found[f"{name}_{suffix}"] = accuracy
@@ -65,7 +70,8 @@ def _to_text(experiment, variables, prompts, limit):
     for host, batch in experiment.eval_batches(prompts, limit):
         with experiment.use_mesh():
             tokens = experiment.fetch(
-                generate(experiment.model, variables, batch, max_new=max_new, eos_id=tokenizer.eos_id))
+                generate(experiment.model, variables, batch, max_new=max_new, eos_id=tokenizer.eos_id)
+            )
         for b in np.flatnonzero(host["example_mask"]):
             answer, truth = tokenizer.decode(_until(tokens[b], tokenizer.eos_id)), prompts.words[host["label"][b]]
             right, count = right + (answer == truth), count + 1
@@ -95,8 +101,13 @@ def _to_item(experiment, variables, prompts, output, judge, limit):
 
 
 def _fit_judge(experiment, variables, output) -> Judge:
-    items, labels = _real_items(experiment, variables, experiment.dataset("train", task=f"text->{output}", train=False), output,
-                                experiment.config.eval.judge_examples)
+    items, labels = _real_items(
+        experiment,
+        variables,
+        experiment.dataset("train", task=f"text->{output}", train=False),
+        output,
+        experiment.config.eval.judge_examples,
+    )
     return Judge(items, labels)
 
 
@@ -112,7 +123,9 @@ def _real_items(experiment, variables, dataset, output, limit):
         if output in experiment.model.decoders:
             found = host["inputs"][output][:, -1]
         else:
-            found = _features(experiment.fetch(experiment.forward(variables, batch)[output]["features"])[:, -1], "features")
+            found = _features(
+                experiment.fetch(experiment.forward(variables, batch)[output]["features"])[:, -1], "features"
+            )
         items.append(found[real])
         labels.append(host["label"][real])
     return np.concatenate(items), np.concatenate(labels)

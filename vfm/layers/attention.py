@@ -51,8 +51,8 @@ class Attention(nn.Module):
     """Multi-head attention softmax(Q K^T / sqrt(K)) V (Vaswani et al. 2017), grouped if `num_kv_heads` < `num_heads`
     (Ainslie et al. 2023).
 
-    `x`: float[B, T, D] asks; `context`: float[B, S, D'] answers (None: `x` itself). `mask`: bool[B, 1, T, S], True where
-    attention is allowed. `table`: rotary tables of the query tokens. `cache`: {"key", "value": float[B, S, N, K],
+    `x`: float[B, T, D] asks; `context`: float[B, S, D'] answers (None: `x` itself). `mask`: bool[B, 1, T, S], True
+    where attention is allowed. `table`: rotary tables of the query tokens. `cache`: {"key", "value": float[B, S, N, K],
     "index": int32[]}; the new keys are written at `index`. Returns float[B, T, D] and the cache (None without one).
     """
 
@@ -68,7 +68,9 @@ class Attention(nn.Module):
         B, T, D = x.shape
         kv_heads = self.num_kv_heads or self.num_heads
         if self.head_dim is None and D % self.num_heads:
-            raise UserError(f"attention: num_heads={self.num_heads} does not divide width={D}; set head_dim, or change one")
+            raise UserError(
+                f"attention: num_heads={self.num_heads} does not divide width={D}; set head_dim, or change one"
+            )
         if self.num_heads % kv_heads:
             raise UserError(f"attention: num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}")
         head_dim = self.head_dim or D // self.num_heads
@@ -90,6 +92,12 @@ class Attention(nn.Module):
             cache = {"key": k, "value": v, "index": cache["index"] + T}
         y = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
         y = constrain(y, "batch", "length", "heads", None)
-        y = nn.DenseGeneral(D, axis=(-2, -1), use_bias=self.use_bias, dtype=self.dtype,
-                            kernel_init=residual_init(self.depth), name="out")(y)
+        y = nn.DenseGeneral(
+            D,
+            axis=(-2, -1),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=residual_init(self.depth),
+            name="out",
+        )(y)
         return y, cache

@@ -50,5 +50,6 @@ class MLP(nn.Module):
             h = act(h)
         h = constrain(h, "batch", "length", "mlp")
         h = nn.Dropout(self.dropout, name="dropout")(h, deterministic=not train)
-        return nn.Dense(D, use_bias=self.use_bias, dtype=self.dtype, kernel_init=residual_init(self.depth),
-                        name="down")(h)
+        return nn.Dense(
+            D, use_bias=self.use_bias, dtype=self.dtype, kernel_init=residual_init(self.depth), name="down"
+        )(h)

@@ -42,15 +42,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cache, mask, table, context, context_mask, train):
         def norm(name, x):
-            return make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=self.use_bias, dtype=self.dtype, name=name)(x)
+            return make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=self.use_bias, dtype=self.dtype, name=name)(
+                x
+            )
 
         def residual(name, x, y):
             y = nn.Dropout(self.dropout, name=f"dropout_{name}")(y, deterministic=not train)
             return constrain(x + y, "batch", "length", "width")
 
         def attention(name):
-            return Attention(self.num_heads, self.num_kv_heads, self.head_dim, self.use_bias, self.depth, self.dtype,
-                             name=name)
+            return Attention(
+                self.num_heads, self.num_kv_heads, self.head_dim, self.use_bias, self.depth, self.dtype, name=name
+            )
 
         out = {}
         y, cache = attention("attention")(norm("norm_attention", x), mask=mask, table=table, cache=cache)
@@ -58,8 +61,9 @@ class Block(nn.Module):
         if self.cross:
             y, _ = attention("cross_attention")(norm("norm_cross", x), context, mask=context_mask)
             x = residual("cross", x, y)
-        mlp = MLP(self.mlp_dim, self.activation, self.gated, self.use_bias, depth=self.depth, dtype=self.dtype,
-                  name="mlp")
+        mlp = MLP(
+            self.mlp_dim, self.activation, self.gated, self.use_bias, depth=self.depth, dtype=self.dtype, name="mlp"
+        )
         x = residual("mlp", x, mlp(norm("norm_mlp", x), train=train))
         out["x"] = x
         return x, (cache, out)
@@ -102,8 +106,20 @@ class Transformer(nn.Module):
             in_axes=(0, *[nn.broadcast] * 5),
             length=self.depth,
         )(
-            self.num_heads, self.mlp_dim, self.num_kv_heads, self.head_dim, self.norm, self.norm_epsilon,
-            self.activation, self.gated, self.use_bias, self.dropout, self.cross, self.depth, self.dtype, name="layers",
+            self.num_heads,
+            self.mlp_dim,
+            self.num_kv_heads,
+            self.head_dim,
+            self.norm,
+            self.norm_epsilon,
+            self.activation,
+            self.gated,
+            self.use_bias,
+            self.dropout,
+            self.cross,
+            self.depth,
+            self.dtype,
+            name="layers",
         )
         x, (cache, out) = stack(x, cache, mask, table, context, context_mask, train)
         x = make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=self.use_bias, dtype=self.dtype, name="norm")(x)

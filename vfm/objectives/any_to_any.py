@@ -8,7 +8,9 @@ from vfm.objectives import Aux
 from vfm.objectives.next_token import apply, cross_entropy
 
 
-def any_to_any(model, *, text: float = 1.0, conversion: float = 1.0, generation: float = 1.0, reconstruction: float = 1.0):
+def any_to_any(
+    model, *, text: float = 1.0, conversion: float = 1.0, generation: float = 1.0, reconstruction: float = 1.0
+):
     """The survey's sum of losses for CoDi-2 (section 2.3; Tang et al. 2023), one term per modality X:
 
       text              next-token cross-entropy of the answer, nats per token
@@ -16,8 +18,8 @@ def any_to_any(model, *, text: float = 1.0, conversion: float = 1.0, generation:
       generation_X      mean squared error between MD(OP(hidden states)) and the item, for generated items
       reconstruction_X  mean squared error between MD(ME(item)) and the item: decoder and encoder learn as a pair
 
-    The keyword arguments are the weights. The regression target ME(item) carries no gradient: otherwise the encoder could
-    lower the loss by giving all items the same features.
+    The keyword arguments are the weights. The regression target ME(item) carries no gradient: otherwise the encoder
+    could lower the loss by giving all items the same features.
     """
 
     def loss_fn(params, variables, batch, rng, *, train: bool):
@@ -38,8 +40,7 @@ def any_to_any(model, *, text: float = 1.0, conversion: float = 1.0, generation:
                 terms[f"generation_{name}"] = (generation, *squared_error(found["decoded"], items, generated))
             if "reconstructed" in found:
                 shown = present * jnp.any(items != 0, axis=tuple(range(2, items.ndim)))  # an absent item is all zeros
-                terms[f"reconstruction_{name}"] = (
-                    reconstruction, *squared_error(found["reconstructed"], items, shown))
+                terms[f"reconstruction_{name}"] = (reconstruction, *squared_error(found["reconstructed"], items, shown))
         return terms, Aux(measured, variables)
 
     return loss_fn

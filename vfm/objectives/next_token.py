@@ -25,7 +25,7 @@ def cross_entropy(logits: jax.Array, batch) -> tuple[metrics.Metric, metrics.Met
 
 
 def next_token(model):
-    """-log p(next token), mean over the positions of `loss_mask` (GPT, Radford et al. 2018, eq. 1). Term: text, in nats."""
+    """-log p(next token), mean over the positions of `loss_mask` (Radford et al. 2018, eq. 1). Term: text, in nats."""
     if "text" not in model.decoders:
         raise UserError("config.objective: next_token needs model.decoders.text, which gives the logits")
 

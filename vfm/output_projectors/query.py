@@ -7,7 +7,8 @@ from vfm.layers.transformer import Transformer
 
 
 class Query(nn.Module):
-    """Learned queries read the signal tokens' hidden states by cross-attention, float[B, K, D] -> (float[B, P, W], out).
+    """Learned queries read the signal tokens' hidden states by cross-attention, float[B, K, D] -> (float[B, P, W],
+    out).
 
     As the output projection of NExT-GPT (Wu et al. 2023) and CoDi-2 (Tang et al. 2023): K = `num_signals` hidden states
     in, P = `num_tokens` features of width W = `width` out. out["layers"]: float[L, B, P, W].
@@ -28,4 +29,5 @@ class Query(nn.Module):
         queries = self.param("queries", nn.initializers.normal(0.02), (self.num_tokens, self.width))
         q = queries[None].repeat(x.shape[0], axis=0).astype(context.dtype)
         return Transformer(self.depth, self.num_heads, self.mlp_dim, cross=True, dtype=self.dtype, name="transformer")(
-            q, context=context, train=train)
+            q, context=context, train=train
+        )

@@ -82,9 +82,7 @@ class Checkpointer:
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def save(
-        self, step: int, state, data: dict, metrics: dict[str, float] | None = None, wait: bool = False
-    ) -> bool:
+    def save(self, step: int, state, data: dict, metrics: dict[str, float] | None = None, wait: bool = False) -> bool:
         """Starts to write the step and returns once the arrays are copied from the devices.
 
         state: pytree of arrays (of typed random keys too). data: JSON, such as the position in the data.
@@ -105,16 +103,12 @@ class Checkpointer:
             raise unknown("checkpoint.best_metric", self._best_metric, metrics)
         path = self.directory / str(step)
         if path.exists():
-            raise UserError(
-                f"{path} exists already: restore from {self.directory}, or use an empty directory"
-            )
+            raise UserError(f"{path} exists already: restore from {self.directory}, or use an empty directory")
         with self._storage(f"of step {step} could not be written"):
             if distributed.is_main():
                 digests.begin(self.directory, step)
             # Orbax takes arrays only, not NumPy scalars.
-            state = jax.tree.map(
-                lambda x: x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x), state
-            )
+            state = jax.tree.map(lambda x: x if isinstance(x, jax.Array | np.ndarray) else np.asarray(x), state)
             self._orbax.save(
                 path,
                 args=ocp.args.Composite(
@@ -224,9 +218,7 @@ class Checkpointer:
         with self._storage(f"of step {step} could not be read"):
             restored = self._orbax.restore(
                 path,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()),
             )
         self._last = step
         return restored.state, restored.data, step
@@ -262,9 +254,7 @@ class Checkpointer:
         faults = []
         for step, fault in plan:
             if fault == "incomplete":
-                log.info(
-                    "checkpoint of step %d in %s was not committed; it is not used", step, self.directory
-                )
+                log.info("checkpoint of step %d in %s was not committed; it is not used", step, self.directory)
                 self._set_aside(step, "incomplete")
                 continue
             if fault is None:
@@ -277,16 +267,12 @@ class Checkpointer:
             self._set_aside(step, "corrupt")
             if distributed.is_main():
                 where = "" if self._read_only else f"; it was moved to {self.directory / 'corrupt'}"
-                log.warning(
-                    "checkpoint of step %d in %s is damaged: %s%s", step, self.directory, fault, where
-                )
+                log.warning("checkpoint of step %d in %s is damaged: %s%s", step, self.directory, fault, where)
         aside = self.directory / "corrupt"
         if isinstance(wanted, int):
             known = ", ".join(map(str, sorted(self._committed()))) or "none"
             reason = faults[0] if faults else f"step {wanted} is not there"
-            raise UserError(
-                f"no good checkpoint of step {wanted} in {self.directory}: {reason}; steps: {known}"
-            )
+            raise UserError(f"no good checkpoint of step {wanted} in {self.directory}: {reason}; steps: {known}")
         if faults or (aside.is_dir() and any(aside.iterdir())):
             raise UserError(
                 f"no good checkpoint is left in {self.directory} ({'; '.join(faults) or f'see {aside}'}); "
@@ -330,9 +316,7 @@ class Checkpointer:
         """All steps on disk, newest first."""
         if not self.directory.is_dir():
             return []
-        return sorted(
-            (int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), reverse=True
-        )
+        return sorted((int(path.name) for path in self.directory.iterdir() if path.name.isdigit()), reverse=True)
 
     def _committed(self) -> list[int]:
         return [step for step in self._steps() if digests.committed(self.directory, step)]
@@ -362,7 +346,9 @@ class Checkpointer:
         wanted = _leaves(abstract)
         differences = []
         # Parameters first: the optimizer's state differs wherever they do.
-        for name in sorted(wanted if partial else wanted | saved, key=lambda name: (not name.startswith("params"), name)):
+        for name in sorted(
+            wanted if partial else wanted | saved, key=lambda name: (not name.startswith("params"), name)
+        ):
             if name not in saved:
                 differences.append(f"{name}: {_show(wanted[name])} in the model, not in the checkpoint")
             elif name not in wanted:
@@ -373,9 +359,7 @@ class Checkpointer:
                 )
         if differences:
             more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise UserError(
-                f"the checkpoint {path} does not fit the model: {'; '.join(differences[:3])}{more}"
-            )
+            raise UserError(f"the checkpoint {path} does not fit the model: {'; '.join(differences[:3])}{more}")
 
     @contextlib.contextmanager
     def _storage(self, what: str):
@@ -394,7 +378,7 @@ class Checkpointer:
 
 
 def _ignore_closed_loops() -> None:
-    """After a failed write the writes beside it still end, on an event loop that orbax has closed: traceback for each."""
+    """After a failed write the others beside it end on an event loop that orbax has closed, each with a traceback."""
     previous = sys.unraisablehook
 
     def hook(info):

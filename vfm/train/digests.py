@@ -64,9 +64,7 @@ def committed(directory: Path, step: int) -> bool:
     if not (here / "files.json").exists():
         return False
     shares = {path.name for path in here.glob("process_*-of-*.json")}
-    counts = {
-        int(match[1]) for name in shares if (match := re.fullmatch(r"process_\d+-of-(\d+)\.json", name))
-    }
+    counts = {int(match[1]) for name in shares if (match := re.fullmatch(r"process_\d+-of-(\d+)\.json", name))}
     return any(all(f"process_{i}-of-{n}.json" in shares for i in range(n)) for n in counts)
 
 

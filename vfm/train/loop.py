@@ -1,6 +1,5 @@
 """The train loop: evaluate -> checkpoint -> step -> log the step before. It knows no model and no objective."""
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,8 +57,10 @@ def train(
         means = metrics.finalize(measured)
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
-            raise UserError(f"step {step}: {', '.join(bad)} not finite; last finite metrics ({last_finite}). Lower the "
-                            "learning rate, clip gradients, or look at the data of this step")
+            raise UserError(
+                f"step {step}: {', '.join(bad)} not finite; last finite metrics ({last_finite}). Lower the "
+                "learning rate, clip gradients, or look at the data of this step"
+            )
         last_finite = f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(means.items()))
         interval = metrics.add(interval, measured)
         if (step + 1) % log_every == 0 or step + 1 == steps:

@@ -144,9 +144,7 @@ def _adafactor(
     scanned stack.
     """
     parts = [
-        optax.scale_by_factored_rms(
-            decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor, epsilon=eps
-        )
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor, epsilon=eps)
     ]
     if clipping_threshold is not None:
         parts.append(optax.clip_by_block_rms(clipping_threshold))
@@ -314,7 +312,9 @@ def _call(function, fields, where, *args, also=()):
         if field not in names:
             raise unknown(f"field of {function.__name__.strip('_')}", field, [*names, *also], where)
         default = inspect.signature(function).parameters[field].default
-        if isinstance(default, float) and (isinstance(fields[field], bool) or not isinstance(fields[field], int | float)):
+        if isinstance(default, float) and (
+            isinstance(fields[field], bool) or not isinstance(fields[field], int | float)
+        ):
             raise UserError(f"{where}.{field}={fields[field]!r} must be a number")
         if field == "mu_dtype" and fields[field] not in (None, "float32", "bfloat16", "float16"):
             raise unknown("dtype", fields[field], ("float32", "bfloat16", "float16"), f"{where}.mu_dtype")

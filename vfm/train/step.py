@@ -11,13 +11,18 @@ from vfm.train.state import TrainState
 
 
 def make_train_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, schedule: Callable, *, accumulate: int = 1, ema_decay: float = 0.0,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    schedule: Callable,
+    *,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """(state, batch) -> (state, {name: (sum, count)}).
 
-    With `accumulate` > 1 the batch is cut into that many micro-batches, one after the other. The result is exactly that of
-    the whole batch, also under masks: a first pass counts what each loss term divides by (the compiler drops all else of
-    it), so that every micro-batch's gradient has the right weight.
+    With `accumulate` > 1 the batch is cut into that many micro-batches, one after the other. The result is exactly
+    that of the whole batch, also under masks: a first pass counts what each loss term divides by (the compiler drops
+    all else of it), so that every micro-batch's gradient has the right weight.
     """
 
     def split(x):
@@ -29,8 +34,10 @@ def make_train_step(
     def gradients(params, variables, batch, rng, counts=None):
         def scalar(params):
             terms, aux = loss_fn(params, variables, batch, rng, train=True)
-            loss = sum(weight * total / jnp.maximum(counts[name] if counts else n, 1e-6)
-                       for name, (weight, total, n) in terms.items())
+            loss = sum(
+                weight * total / jnp.maximum(counts[name] if counts else n, 1e-6)
+                for name, (weight, total, n) in terms.items()
+            )
             measured = {**aux.metrics, **{name: (total, n) for name, (_, total, n) in terms.items()}}
             return loss, (measured, aux.variables)
 
@@ -69,11 +76,17 @@ def make_train_step(
             # In this form the average of a frozen parameter stays the parameter, to the last bit.
             ema = jax.tree.map(lambda average, p: average + (1.0 - ema_decay) * (p - average), ema, params)
         one = jnp.ones(())
-        measured = {**measured, "loss": (loss, one), "grad_norm": (optax.tree.norm(grads), one),
-                    "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one)}
+        measured = {
+            **measured,
+            "loss": (loss, one),
+            "grad_norm": (optax.tree.norm(grads), one),
+            "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
+        }
         if "skipped" in batch:
             measured["skipped_records"] = (batch["skipped"].astype(jnp.float32), one)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, variables=variables, ema=ema), measured
+        return state.replace(
+            step=state.step + 1, params=params, opt_state=opt_state, variables=variables, ema=ema
+        ), measured
 
     return train_step
 
@@ -87,7 +100,8 @@ def make_eval_step(loss_fn: LossFn) -> Callable:
     def eval_step(params, variables, batch):
         terms, aux = loss_fn(params, variables, batch, jax.random.key(0), train=False)
         return {**aux.metrics, **{name: (total, count) for name, (_, total, count) in terms.items()}}, {
-            name: jnp.float32(weight) for name, (weight, _, _) in terms.items()}
+            name: jnp.float32(weight) for name, (weight, _, _) in terms.items()
+        }
 
     return eval_step
 
@@ -95,5 +109,3 @@ def make_eval_step(loss_fn: LossFn) -> Callable:
 def total_loss(measured: dict[str, tuple[float, float]], weights: dict[str, float]) -> float:
     """Sum of weight · sum / count over the loss terms that were measured."""
     return sum(weight * measured[name][0] / measured[name][1] for name, weight in weights.items() if measured[name][1])
-
-
