@@ -5,9 +5,11 @@ import functools
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -259,12 +261,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(reference, tmp_path, monkeypatc
     def poisoned(self, start):
         with contextlib.closing(original(self, start)) as batches:
             for step, batch in enumerate(batches, start):
-                yield {**batch, "loss_mask": batch["loss_mask"] * np.nan} if step == 10 else batch
+                yield {**batch, "loss_mask": batch["loss_mask"] * np.nan} if step == 11 else batch
 
     with monkeypatch.context() as patch:
         patch.setattr(Experiment, "train_batches", poisoned)
         with pytest.raises(
-            UserError, match=r"step 10: .*loss.* not finite; last finite metrics \(step 9: .*loss [\d.]+"
+            UserError, match=r"step 11: .*loss.* not finite; last finite metrics \(step 10: .*loss [\d.]+"
         ):
             train(tmp_path)
     assert committed(tmp_path)[-1] == 8 and not (tmp_path / "results.json").exists()
@@ -286,3 +288,31 @@ def test_frozen_parameters_do_not_move(tmp_path):
         assert sorted(moved) == sorted(
             path for path in tree.flatten(old) if not (path.startswith("encoders_text") or "/attention/" in path)
         )
+
+
+def newest(path):
+    return max(committed(path), default=0) if (path / "checkpoints").exists() else 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_as_a_user_runs_it(tmp_path):
+    """One device, all optimisations, no compilation cache, and a checkpoint at every step."""
+    drop = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    env = {name: value for name, value in os.environ.items() if name not in drop}
+    changes = {"train.steps": 300, "checkpoint.every": 1, "eval.every": 50}
+    options = dict(cwd=tiny.ROOT, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(tiny.command(tmp_path / "calm", arg="text", **changes), check=True, **options)
+    path, rng, last = tmp_path / "killed", random.Random(0), 0
+    for _ in range(5):
+        with subprocess.Popen(tiny.command(path, arg="text", **changes), **options) as process:
+            while process.poll() is None and newest(path) <= last:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "it came to the end: more steps are needed"
+        last = newest(path)
+        print(f"killed; step {last} is the newest that is committed")
+    subprocess.run(tiny.command(path, arg="text", **changes), check=True, **options)
+    e = Experiment(tiny.config("text", **changes), jax.devices()[:1])
+    assert tiny.digest(e, path) == tiny.digest(e, tmp_path / "calm")
+    assert tiny.history(path) == tiny.history(tmp_path / "calm")

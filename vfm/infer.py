@@ -16,13 +16,14 @@ from vfm.generate import generate
 
 
 def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
-    """Answers one request, `config.generate`, with the newest good checkpoint; writes generated.jsonl and
-    generated.html.
+    """Answers one request, `config.generate`; writes generated.jsonl and generated.html to the folder.
 
-    task         "image+text->text", "text->image", …: what is given and what is wanted; empty: continue the text
-    text         the text input
-    files        inputs of other modalities, "image=four.png,audio=tone.wav" (.npy, .png, .jpg, .wav)
-    max_new      most new tokens; temperature 0 is greedy; samples: how many answers
+      task         "image+text->text", "text->image", …: what is given and what is wanted; empty: continue the text
+      text         the text input
+      files        inputs of other modalities, "image=four.png,audio=tone.wav" (.npy, .png, .jpg, .wav)
+      max_new      most new tokens; temperature: 0 is greedy; samples: how many answers
+
+    Raises `UserError` for files that are missing, cannot be read, or do not fit the modality.
     """
     cfg, model, tokenizer = experiment.config.generate, experiment.model, experiment.tokenizer
     for field, lowest in (("max_new", 1), ("samples", 1), ("temperature", 0)):
@@ -55,7 +56,7 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
     batch, variables = experiment.put(host), {"params": weights["params"], **weights["variables"]}
     page = report.Report(experiment.config.title or "vfm")
     cells = [("text", cfg.text)] if "text" in inputs else []
-    cells += [_cell(experiment, name, host["inputs"][name][0, n]) for n, name in enumerate(inputs) if name in files]
+    cells += [_cell(experiment, name, host["inputs"][name][0, 0]) for name in files]
     records, rows = [], []
     if output == "text":
         with experiment.use_mesh():

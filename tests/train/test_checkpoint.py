@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -291,7 +292,9 @@ def test_bad_arguments_are_refused(tmp_path):
 
 
 def run_worker(*args, **options):
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), *sys.path])}
+    # The same flags but for the devices: other optimisations may round otherwise.
+    flags = re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(WORKER.parents[2]), *sys.path])}
     command = [sys.executable, str(WORKER), *map(str, args)]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
