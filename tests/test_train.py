@@ -299,7 +299,7 @@ def test_killed_at_random_moments_as_a_user_runs_it(tmp_path):
     """One device, all optimisations, no compilation cache, and a checkpoint at every step."""
     drop = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_DISABLE_MOST_OPTIMIZATIONS")
     env = {name: value for name, value in os.environ.items() if name not in drop}
-    changes = {"train.steps": 300, "checkpoint.every": 1, "eval.every": 50}
+    changes = {"train.steps": 100, "checkpoint.every": 1, "eval.every": 30}
     options = dict(cwd=tiny.ROOT, env=env, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.run(tiny.command(tmp_path / "calm", arg="text", **changes), check=True, **options)
     path, rng, last = tmp_path / "killed", random.Random(0), 0
