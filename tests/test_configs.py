@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -86,7 +87,7 @@ def test_the_smoke_size_runs_end_to_end(file, tmp_path):
     config = load(file).get_config("smoke")
     config.lock()
     assert config.train.steps <= 10
-    results = run(config, str(tmp_path))
+    results = run(config, str(tmp_path), jax.devices()[:1])  # as on a laptop, and quicker to compile
     assert results == json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == config.train.steps and "test_loss" in results
     history = tiny.history(tmp_path)

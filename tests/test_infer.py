@@ -3,6 +3,7 @@
 import json
 import wave
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +19,7 @@ def trained(tmp_path_factory):
     """The folder of a short run, an image as PNG (twice the size, to be resized) and a tone as WAV."""
     with tiny.quick_compilation():
         folder = tmp_path_factory.mktemp("run")
-        run(tiny.config(**RUN), str(folder))
+        run(tiny.config(**RUN), str(folder), jax.devices()[:1])
         pixels = np.linspace(0, 255, 256).astype(np.uint8).reshape(16, 16)
         Image.fromarray(pixels).save(folder / "four.png")
         with wave.open(str(folder / "tone.wav"), "wb") as sound:
@@ -31,7 +32,7 @@ def trained(tmp_path_factory):
 
 def ask(folder, **generate):
     changes = {f"generate.{name}": value for name, value in generate.items()}
-    run(tiny.config(**RUN, mode="generate", **changes), str(folder))
+    run(tiny.config(**RUN, mode="generate", **changes), str(folder), jax.devices()[:1])
     assert (folder / "generated.html").read_text().startswith("<!doctype html>")
     return [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
 

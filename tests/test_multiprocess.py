@@ -104,21 +104,6 @@ def assert_same_curve(path, other, limit, after=0):
     assert worst < limit
 
 
-def test_loss_curve_is_that_of_one_process(tmp_path):
-    pair, single = tmp_path / "pair", alone(tmp_path / "single", arg="")
-    finish(pair, arg="")
-    assert_same_curve(pair, single, 1e-4)
-    results = [json.loads((path / "results.json").read_text()) for path in (pair, single)]
-    assert results[0].keys() == results[1].keys()
-    assert all(abs(results[0][name] - results[1][name]) < 1e-4 for name in results[0] if name != "train_seconds")
-    # Each process holds a share of the digests.
-    shares = {path.name for path in (pair / "checkpoints" / "digests" / "20").iterdir()}
-    assert shares == {"files.json", "process_0-of-2.json", "process_1-of-2.json"}
-
-
-# ------------------------------------------------------------------------------- a language model, for speed
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("processes")
@@ -129,6 +114,26 @@ def undisturbed(folder):
     """The folder of a run in two processes."""
     finish(folder / "undisturbed")
     return folder / "undisturbed"
+
+
+def assert_same_run(pair, single):
+    assert_same_curve(pair, single, 1e-4)
+    results = [json.loads((path / "results.json").read_text()) for path in (pair, single)]
+    assert results[0].keys() == results[1].keys()
+    assert all(abs(results[0][name] - results[1][name]) < 1e-4 for name in results[0] if name != "train_seconds")
+
+
+def test_loss_curve_is_that_of_one_process(undisturbed, tmp_path):
+    assert_same_run(undisturbed, alone(tmp_path / "single"))
+    # Each process holds a share of the digests.
+    shares = {path.name for path in (undisturbed / "checkpoints" / "digests" / "20").iterdir()}
+    assert shares == {"files.json", "process_0-of-2.json", "process_1-of-2.json"}
+
+
+@pytest.mark.slow
+def test_loss_curve_of_three_modalities_is_that_of_one_process(tmp_path):
+    finish(tmp_path / "pair", arg="")
+    assert_same_run(tmp_path / "pair", alone(tmp_path / "single", arg=""))
 
 
 @pytest.fixture(scope="module")

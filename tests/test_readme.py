@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,7 +40,7 @@ def test_a_modality_of_vectors_is_added_by_a_config(my_digits, tmp_path):
     config = my_digits.get_config("smoke")
     config.lock()
     with tiny.quick_compilation():
-        results = run(config, str(tmp_path / "run"))
+        results = run(config, str(tmp_path / "run"), jax.devices()[:1])
     assert {"vector_to_text_accuracy", "vector_to_image_accuracy", "image_to_text_accuracy"} <= results.keys()
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert written == results

@@ -312,7 +312,7 @@ def test_loss_curve_with_accumulation_is_that_of_the_whole_batch():
     assert difference(one, found) < 1e-4
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "dots_no_batch"])
+@pytest.mark.parametrize("policy", ["full", "dots_no_batch"])
 def test_rematerialisation_on_a_mesh_changes_nothing(policy):
     one, _ = trained(1, "text", 4)
     found, _ = trained(8, "text", 4, **tiny.CUBE, **{"model.backbone.remat": policy})
@@ -321,6 +321,7 @@ def test_rematerialisation_on_a_mesh_changes_nothing(policy):
 
 def test_bfloat16_compute_on_a_mesh():
     one, _ = trained(1, "text", 4)
-    found, state = trained(8, "text", 4, **tiny.CUBE, **{"model.dtype": "bfloat16"})
+    changes = {"model.dtype": "bfloat16", "model.backbone.remat": "dots"}
+    found, state = trained(8, "text", 4, **tiny.CUBE, **changes)
     assert 1e-5 < difference(one, found) < 0.02  # other numbers, but not far
     assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.ema))} == {jnp.dtype("float32")}

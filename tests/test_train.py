@@ -243,12 +243,13 @@ def test_workers_and_logging_do_not_change_the_run(reference, tmp_path):
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     # The loss falls from evaluation to evaluation, so that the largest is that of the first checkpoint.
-    changes = {"eval.every": 4, "checkpoint.keep": 1, "checkpoint.best_mode": "max"}
+    # There are checkpoints in between that were not evaluated: none of them can be the best.
+    changes = {"eval.every": 6, "checkpoint.every": 3, "checkpoint.keep": 1, "checkpoint.best_mode": "max"}
     config = tiny.config("text", **tiny.CUBE, **changes)
     run(config, str(tmp_path))
     validation = {r["step"]: r["loss"] for r in tiny.history(tmp_path) if r["split"] == "validation"}
     best = max(validation, key=validation.get)
-    assert list(validation) == [4, 8, 12, 16, 20] and best < 16
+    assert list(validation) == [6, 12, 18, 20] and best < 18
     assert tiny.steps_on_disk(tmp_path) == [best, 20]
     with config.unlocked():
         config.mode, config.eval.checkpoint = "evaluate", "best"

@@ -265,8 +265,9 @@ def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, d
     if fields["dtype"] not in DTYPES:
         raise unknown("dtype", fields["dtype"], DTYPES, where)
     for field, value in fields.items():
-        kind = table[name].__dataclass_fields__[field].type
-        if not _fits(value, kind):
+        declared = table[name].__dataclass_fields__[field]
+        kind = declared.type
+        if value != declared.default and not _fits(value, kind):
             what = {int: "a whole number > 0", float: "a number", str: "a string", bool: "true or false"}.get(
                 kind, kind
             )

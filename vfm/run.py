@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 
@@ -22,8 +23,11 @@ from vfm.workdir import prepare, record
 NOT_GIVEN = {"coordinator": "", "num_processes": 0, "process_id": -1}
 
 
-def run(config, workdir: str) -> dict[str, float]:
-    """Runs one config in its folder and returns what it wrote to results.json; empty if it was stopped."""
+def run(config, workdir: str, devices: Sequence[jax.Device] | None = None) -> dict[str, float]:
+    """Runs one config in its folder, on all devices by default.
+
+    Returns what it wrote to results.json; empty if it was stopped.
+    """
     if config.mode not in MODES:
         raise unknown("mode", config.mode, MODES, "config.mode")
     processes, known = config.get("distributed", {}), inspect.signature(distributed.initialize).parameters
@@ -31,7 +35,7 @@ def run(config, workdir: str) -> dict[str, float]:
         if field not in known:
             raise unknown("field", field, known, "config.distributed")
     distributed.initialize(**{field: value for field, value in processes.items() if value != NOT_GIVEN.get(field)})
-    experiment = Experiment(config)
+    experiment = Experiment(config, devices)
     path = prepare(workdir, config, write=distributed.is_main())
     return MODES[config.mode](experiment, path)
 

@@ -33,7 +33,8 @@ def train(
       train_step: (state, batch) -> (state, {name: (sum, count)}); it may donate the state.
       batches: one batch per step, from step `start` on.
       evaluate: (state, step) -> metrics, every `eval_every` steps and at the end. 0: only at the end.
-      save: (step, state, memory, metrics=, wait=), every `save_every` steps, at the end, and when stopped. `memory` is
+      save: (step, state, memory, metrics=, wait=), every `save_every` steps, at the end, and when stopped. `metrics` are
+        those of an evaluation at this very step, else {}: the best checkpoint is one that was evaluated. `memory` is
         what the loop itself must remember to log the same lines after a resume: JSON, given back as `memory`.
       stop_requested: asked before every step; True saves and returns (preemption).
       each_step: called once per step, for work in the background to report its errors.
@@ -43,7 +44,6 @@ def train(
     """
     memory = memory or {}
     interval: dict[str, tuple[float, float]] = {k: tuple(v) for k, v in memory.get("interval", {}).items()}
-    validation: dict[str, float] = dict(memory.get("validation", {}))
     pending: dict | None = None
     last_finite = "none yet"
 
@@ -74,21 +74,22 @@ def train(
         logger.log(step, found, split="validation")
         return found
 
-    def keep(step: int, wait: bool = False) -> None:
+    def keep(step: int, validation: dict[str, float], wait: bool = False) -> None:
         read(step - 1)
         with logger.paused():
-            save(step, state, {"interval": interval, "validation": validation}, metrics=validation, wait=wait)
+            save(step, state, {"interval": interval}, metrics=validation, wait=wait)
 
     saved = start
     for step in range(start, steps):
+        validation = {}
         if eval_every and step > start and step % eval_every == 0:
             validation = evaluated(step)
         if save_every and step > start and step % save_every == 0:
-            keep(step)
+            keep(step, validation)
             saved = step
         if stop_requested(step):
             if step != saved:
-                keep(step, wait=True)
+                keep(step, validation, wait=True)
             return state, step
         batch = next(batches)
         state, measured = train_step(state, batch)
@@ -97,7 +98,6 @@ def train(
         each_step()
     read(steps - 1)
     if start < steps:
-        validation = evaluated(steps)
-        keep(steps, wait=True)
+        keep(steps, evaluated(steps), wait=True)
     jax.block_until_ready(state)
     return state, steps
