@@ -33,9 +33,9 @@ def train(
       train_step: (state, batch) -> (state, {name: (sum, count)}); it may donate the state.
       batches: one batch per step, from step `start` on.
       evaluate: (state, step) -> metrics, every `eval_every` steps and at the end. 0: only at the end.
-      save: (step, state, memory, metrics=, wait=), every `save_every` steps, at the end, and when stopped. `metrics` are
-        those of an evaluation at this very step, else {}: the best checkpoint is one that was evaluated. `memory` is
-        what the loop itself must remember to log the same lines after a resume: JSON, given back as `memory`.
+      save: (step, state, memory, metrics=, wait=), every `save_every` steps, at the end, and when stopped. `metrics`
+        are those of an evaluation at this very step, else {}: the best checkpoint is one that was evaluated. `memory`
+        is what the loop itself must remember to log the same lines after a resume: JSON, given back as `memory`.
       stop_requested: asked before every step; True saves and returns (preemption).
       each_step: called once per step, for work in the background to report its errors.
 
