@@ -79,7 +79,7 @@ def train(
         with logger.paused():
             save(step, state, {"interval": interval}, metrics=validation, wait=wait)
 
-    saved = start
+    saved = start or None  # a fresh run has nothing on disk yet
     for step in range(start, steps):
         validation = {}
         if eval_every and step > start and step % eval_every == 0:
