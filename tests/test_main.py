@@ -157,7 +157,9 @@ def test_user_errors_are_one_line_wherever_they_come_from(fail, file, monkeypatc
 
 @pytest.fixture
 def usual_logging():
+    level = logging.root.level
     yield
+    logging.root.setLevel(level)
     logging.root.removeHandler(absl.logging.get_absl_handler())
     absl.logging.set_verbosity(absl.logging.WARNING)
 

@@ -207,7 +207,7 @@ def test_other_damage_is_found(tmp_path, caplog, damage, message):
     caplog.clear()
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.restore(abstract(make_state()))[2] == 1
-        (record,) = caplog.records
+        (record,) = [record for record in caplog.records if record.name.startswith("vfm")]
         assert message in record.getMessage() and "step 2" in record.getMessage()
         checkpointer.save(2, make_state(seed=2), {}, wait=True)  # the run comes to this step again
         assert checkpointer.restore(abstract(make_state()))[2] == 2
