@@ -1,5 +1,6 @@
 """The five blocks wired into one model: encoder -> input projector -> backbone -> output projector -> decoder."""
 
+import inspect
 import types
 import typing
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from vfm.backbones import BACKBONES
+from vfm.data.construct import plain
 from vfm.data.interleave import Layout, Modality
 from vfm.decoders import DECODERS
 from vfm.encoders import ENCODERS
@@ -19,8 +21,21 @@ from vfm.input_projectors import INPUT_PROJECTORS
 from vfm.output_projectors import OUTPUT_PROJECTORS
 from vfm.sharding import constrain
 
+# Arguments that go to the backbone as they are, where it has them.
+BACKBONE_INPUTS = (
+    "input_mask",
+    "segment_ids",
+    "positions",
+    "token_types",
+    "prefix",
+    "block_positions",
+    "order",
+    "decoder_mask",
+    "decoder_segment_ids",
+    "decoder_positions",
+)
 # The arguments of `VFM.__call__` that a batch may hold.
-INPUTS = ("tokens", "inputs", "starts", "signal_starts", "input_mask", "segment_ids", "positions")
+INPUTS = ("tokens", "inputs", "starts", "signal_starts", "decoder_tokens", *BACKBONE_INPUTS)
 
 
 class VFM(nn.Module):
@@ -36,13 +51,18 @@ class VFM(nn.Module):
       inputs: {X: float[B, N, *item_shape]}.
       starts: {X: int32[B, N]}, where the features of each item begin in the sequence; -1: the item is not an input.
       signal_starts: {X: int32[B, N]}, where the signal slots of each item begin; -1: the item is not generated.
-      input_mask: bool[B, T], False at padding. segment_ids, positions: int32[B, T], for packed rows.
+      input_mask: bool[B, T], False at padding. segment_ids, positions: int32[B, T], for packed rows. token_types,
+        prefix, block_positions, order: see the backbones that have them.
+      decoder_tokens: int32[B, U], for an encoder–decoder backbone: its encoder then reads all of the above but the
+        signals, which stand in the decoder's sequence, and its decoder reads these tokens. decoder_mask: bool[B, U];
+        decoder_segment_ids, decoder_positions: int32[B, U].
       cache: the backbone's cache, for generation token by token.
 
-    Returns (logits, out). logits: float[B, T, V] of the text decoder, None without one. out["backbone"] is the
-    backbone's dict; out[X] has features float[B, N, P, W] = ME(item), predicted float[B, N, P, W] = OP(hidden states
-    of the signals), decoded and reconstructed float[B, N, *item_shape] = MD(predicted) and MD(features), where blocks
-    exist.
+    Returns (logits, out). logits: float[B, T, V] of the text decoder (U for T with an encoder–decoder); without one
+    those of a decoder of labels, float[B, classes], if there is one, else None. out["backbone"] is the backbone's dict,
+    out["output"] float[B, T, D] what it gave; out[X] has features float[B, N, P, W] = ME(item), predicted
+    float[B, N, P, W] = OP(hidden states of the signals), decoded and reconstructed float[B, N, *item_shape] =
+    MD(predicted) and MD(features), where blocks exist; for labels logits and pooled float[B, D].
     """
 
     centre: str
@@ -68,19 +88,16 @@ class VFM(nn.Module):
         inputs=None,
         starts=None,
         signal_starts=None,
-        input_mask=None,
-        segment_ids=None,
-        positions=None,
+        decoder_tokens=None,
         cache=None,
         train: bool,
+        **rest,
     ):
         inputs, starts, signal_starts = inputs or {}, starts or {}, signal_starts or {}
         out: dict[str, Any] = {}
-        if tokens is not None and "text" in self.encoders:
-            x, _ = self.encoders["text"](tokens, train=train)
-            x = self._project_in("text", x, train)
-        else:
-            x = jnp.zeros((*input_mask.shape, self.backbone.width), jnp.dtype(self.backbone.dtype))
+        call = self._backbone_call(rest, decoder_tokens, tokens is not None or bool(inputs), cache)
+        mask = call.get("input_mask")
+        x = self._embed(tokens, mask, train) if tokens is not None or mask is not None else None
         for name, items in inputs.items():
             if name not in self.encoders:
                 continue  # a target only
@@ -92,14 +109,18 @@ class VFM(nn.Module):
                 out[name]["reconstructed"] = item.reshape(B, N, *item.shape[1:])
             if name in starts:
                 x = place(x, self._project_in(name, features, train), starts[name])
+        separate = self.backbone.kind == "encoder_decoder"
+        y = self._embed(decoder_tokens, call.get("decoder_mask"), train) if decoder_tokens is not None else x
         for name, at in signal_starts.items():
             if name in self.signals:
-                signals = self.signals[name].astype(x.dtype)
-                x = place(x, signals[None].repeat(at.size, axis=0), at)
-        x = constrain(x, "batch", "length", "width")
-        x, out["backbone"] = self.backbone(
-            x, input_mask=input_mask, segment_ids=segment_ids, positions=positions, cache=cache, train=train
-        )
+                signals = self.signals[name].astype(y.dtype)
+                y = place(y, signals[None].repeat(at.size, axis=0), at)
+        y = constrain(y, "batch", "length", "width")
+        if separate:
+            x = None if x is None else constrain(x, "batch", "length", "width")
+            call["decoder_x"] = y
+        x, out["backbone"] = self.backbone(x if separate else y, **call, train=train)
+        out["output"] = x
         for name, at in signal_starts.items():
             if name in self.signals:
                 hidden = gather(x, at, self.signals[name].shape[0])
@@ -109,7 +130,42 @@ class VFM(nn.Module):
             h = self._project_out("text", x, train)
             extra = {"attend": self.encoders["text"].attend} if self.decoders["text"].tied else {}
             logits, _ = self.decoders["text"](h, train=train, **extra)
+        for name in labels(self):
+            written = separate and decoder_tokens is not None
+            found, pooled = self.decoders[name](
+                x, input_mask=call.get("decoder_mask" if written else "input_mask"), train=train
+            )
+            out[name] = pooled
+            if self.decoders[name].num_classes is not None:
+                out[name] = {"logits": found, **pooled}
+                logits = found if "text" not in self.decoders else logits
         return logits, out
+
+    def _backbone_call(self, given, decoder_tokens, reads: bool, cache) -> dict[str, Any]:
+        """The arguments of the backbone; `UserError` for one that it, or the model, does not have."""
+        takes = inspect.signature(type(self.backbone).__call__).parameters
+        call = {name: value for name, value in {**given, "cache": cache}.items() if value is not None}
+        what = f"model.backbone ({type(self.backbone).__name__})"
+        for name in given:
+            if name not in BACKBONE_INPUTS:
+                raise unknown("argument", name, INPUTS, "the call of the model")
+        for name in call:
+            if name not in takes:
+                raise UserError(f"{what} takes no {name}; it has {', '.join(n for n in takes if n != 'self')}")
+        if self.backbone.kind == "encoder_decoder":
+            if decoder_tokens is None and (cache is not None or not reads):
+                raise UserError(f"{what} needs decoder_tokens")
+        elif decoder_tokens is not None:
+            raise UserError(f"{what} takes no decoder_tokens; they are for an encoder_decoder")
+        return call
+
+    def _embed(self, tokens, mask, train):
+        """Features of the centre for tokens int32[B, T]; zeros where there is no text."""
+        if tokens is not None and "text" in self.encoders:
+            x, _ = self.encoders["text"](tokens, train=train)
+            return self._project_in("text", x, train)
+        shape = mask.shape if tokens is None else tokens.shape
+        return jnp.zeros((*shape, self.backbone.width), jnp.dtype(self.backbone.dtype))
 
     def _project_in(self, name, features, train):
         return self.input_projectors[name](features, train=train)[0] if name in self.input_projectors else features
@@ -125,9 +181,10 @@ class VFM(nn.Module):
             out["decoded"] = item.reshape(*lead, *item.shape[1:])
         return out
 
-    def init_cache(self, batch_size: int, length: int):
-        """The backbone's empty cache for `length` tokens."""
-        return self.backbone.init_cache(batch_size, length)
+    def init_cache(self, batch_size: int, length: int, encoder_length: int | None = None):
+        """The backbone's empty cache for `length` tokens, and `encoder_length` of the encoder of an encoder–decoder."""
+        lengths = (length,) if encoder_length is None else (length, encoder_length)
+        return self.backbone.init_cache(batch_size, *lengths)
 
 
 def place(x: jax.Array, features: jax.Array, starts: jax.Array) -> jax.Array:
@@ -153,9 +210,15 @@ def _slots(starts, count, T):
     return jnp.where(starts[:, :, None] < 0, T, index).reshape(starts.shape[0], -1)
 
 
+def labels(model: VFM) -> tuple[str, ...]:
+    """The names of the decoders that give one class for a whole sequence, sorted."""
+    return tuple(sorted(name for name, block in model.decoders.items() if getattr(block, "whole_sequence", False)))
+
+
 def modalities(model: VFM) -> tuple[str, ...]:
-    """The modalities other than text that the model knows, sorted."""
-    return tuple(sorted(({*model.encoders, *model.decoders, *model.output_projectors}) - {"text"}))
+    """The modalities other than text that the model knows, sorted; labels are none."""
+    known = {*model.encoders, *model.decoders, *model.output_projectors}
+    return tuple(sorted(known - {"text", *labels(model)}))
 
 
 def num_signals(model: VFM, name: str) -> int:
@@ -194,6 +257,8 @@ def example_batch(model: VFM, length: int, batch_size: int = 1) -> dict[str, Any
     }
     if "text" in model.encoders:
         batch["tokens"] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
+        if model.backbone.kind == "encoder_decoder":
+            batch["decoder_tokens"] = batch["tokens"]
     return batch
 
 
@@ -204,12 +269,14 @@ def init(model: VFM, key: jax.Array, length: int) -> dict[str, Any]:
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-_KINDS = (
-    ("encoders", ENCODERS),
-    ("input_projectors", INPUT_PROJECTORS),
-    ("output_projectors", OUTPUT_PROJECTORS),
-    ("decoders", DECODERS),
-)
+TABLES = {
+    "encoders": ENCODERS,
+    "input_projectors": INPUT_PROJECTORS,
+    "backbone": BACKBONES,
+    "output_projectors": OUTPUT_PROJECTORS,
+    "decoders": DECODERS,
+}
+_KINDS = tuple((kind, table) for kind, table in TABLES.items() if kind != "backbone")
 
 
 def build(cfg: Mapping[str, Any]) -> VFM:
@@ -253,7 +320,7 @@ def build(cfg: Mapping[str, Any]) -> VFM:
 
 def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, dtype: str = "float32") -> nn.Module:
     """table[cfg.name](**rest of cfg); `UserError` names the known blocks or fields."""
-    fields = dict(cfg)
+    fields = {field: _frozen(plain(value)) for field, value in cfg.items()}
     name = fields.pop("name", None)
     if name not in table:
         raise unknown("block", name, table, where)
@@ -277,6 +344,11 @@ def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, d
     return table[name](**fields)
 
 
+def _frozen(value: Any) -> Any:
+    """Nested mappings as hashable ones, since modules are static arguments of jit."""
+    return FrozenDict(value) if isinstance(value, Mapping) else value
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is of the type of a block's field. Whole numbers are sizes and counts, hence positive."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
@@ -287,6 +359,8 @@ def _fits(value: Any, kind: Any) -> bool:
             return False
         kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
         return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if kind is Mapping:
+        return isinstance(value, Mapping)
     if kind is int:
         return type(value) is int and value > 0
     if kind is float:
@@ -316,7 +390,13 @@ def check(model: VFM) -> None:
             fit(giver, gives, taker, projector.in_width)
             giver, gives = taker, projector.width
         fit(giver, gives, f"backbone ({type(model.backbone).__name__})", width)
-    for name in (*model.output_projectors, *(n for n in model.decoders if n not in model.output_projectors)):
+    classes = labels(model)
+    for name in classes:
+        block = model.decoders[name]
+        backbone = f"backbone ({type(model.backbone).__name__})"
+        fit(backbone, width, f"decoders.{name} ({type(block).__name__})", block.in_width)
+    items = (*model.output_projectors, *(n for n in model.decoders if n not in model.output_projectors))
+    for name in (name for name in items if name not in classes):
         projector, decoder, encoder = (g.get(name) for g in (model.output_projectors, model.decoders, model.encoders))
         giver, gives, tokens = f"backbone ({type(model.backbone).__name__})", width, None
         if projector is not None:

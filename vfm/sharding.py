@@ -23,9 +23,17 @@ MESH_AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 
 # Path regex (fullmatch) -> names of the trailing dimensions. A stack under `layers/` has one leading dimension more.
 PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r".*/(query|key|value)/kernel", ("embed", "heads", "head_dim")),
+    (r".*/(query|key|value|relative)/kernel", ("embed", "heads", "head_dim")),
     (r".*/(query|key|value)/bias", ("heads", "head_dim")),
     (r".*attention/out/kernel", ("heads", "head_dim", "embed")),
+    (r".*/(content|position|type)_bias", ("heads", "head_dim")),
+    (r".*/type_embedding", ("tokens", "heads", "head_dim")),
+    (r".*/query_start", ("norm",)),
+    (r".*/experts_(up|gate)", ("expert", "embed", "mlp")),
+    (r".*/experts_down", ("expert", "mlp", "embed")),
+    (r".*/(router|classes)/kernel", ("embed", "channels")),
+    (r".*/classes/bias", ("channels",)),
+    (r".*/relative_bias/embedding", ("tokens", "heads")),
     (r".*/(up|gate)/kernel", ("embed", "mlp")),
     (r".*/(up|gate)/bias", ("mlp",)),
     (r".*/down/kernel", ("mlp", "embed")),
@@ -33,13 +41,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*norm[^/]*/(scale|bias)", ("norm",)),
     (r".*/embedding/embedding", ("vocab", "embed")),
     (r".*/head/kernel", ("embed", "vocab")),
-    (r".*/head/bias", ("vocab",)),
+    (r".*(/head/|decoders_text/)bias", ("vocab",)),
     (r".*/patch/kernel", ("space", "space", "channels", "embed")),
     (r".*/frames/kernel", ("space", "channels", "embed")),
     (r".*/conv[^/]*/kernel", ("space", "space", "channels", "embed")),
     (r".*/(projection|hidden)/kernel", ("channels", "embed")),
     (r".*/(patch|frames|projection|hidden|conv[^/]*)/bias", ("norm",)),
-    (r".*/positions/embedding", ("tokens", "embed")),
+    (r".*/(positions|block_positions|token_types)/embedding", ("tokens", "embed")),
     (r"(.*/)?(positions|queries|signals_[^/]*)", ("tokens", "norm")),
 )
 
@@ -49,6 +57,7 @@ RULES: Mapping[str, Any] = {
     "mlp": "tensor",
     "heads": "tensor",
     "vocab": "tensor",
+    "expert": "expert",
     "layers": None,
     "head_dim": None,
     "norm": None,

@@ -40,7 +40,7 @@ def test_rotation_keeps_lengths_and_position_zero_is_the_identity():
 
 
 def test_an_odd_head_is_refused():
-    with pytest.raises(UserError, match="even head_dim, not 7"):
+    with pytest.raises(UserError, match="even number of rotated dimensions, not 7"):
         rotary(jnp.zeros((1, 2), jnp.int32), 7)
 
 

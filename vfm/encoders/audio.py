@@ -100,9 +100,9 @@ class AudioTransformer(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.02), (self.num_tokens, self.width))
         x = x + positions[None].astype(x.dtype)
         x, out = Transformer(
-            self.depth,
-            self.num_heads,
-            self.mlp_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
             dropout=self.dropout,
             remat=self.remat,
             dtype=self.dtype,

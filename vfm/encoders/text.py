@@ -6,21 +6,27 @@ import jax.numpy as jnp
 
 
 class TextEncoder(nn.Module):
-    """Token embedding: tokens int32[B, T] -> (float[B, T, D], out). Positions belong to the backbone."""
+    """Token embedding: tokens int32[B, T] -> (float[B, T, D], out). Positions belong to the backbone.
+
+    scale: factor of the embeddings, such as sqrt(D) (Vaswani et al. 2017, section 3.4); `attend` has none.
+    """
 
     vocab_size: int = 259
     width: int = 32
+    scale: float = 1.0
     dtype: str = "float32"
 
     item_shape = ()  # an item is one token
     num_tokens = 1
 
     def setup(self):
-        init = nn.initializers.normal(self.width**-0.5)
+        # The features start with the same variance, whatever the scale.
+        init = nn.initializers.normal(self.width**-0.5 / self.scale)
         self.embedding = nn.Embed(self.vocab_size, self.width, embedding_init=init, dtype=self.dtype)
 
     def __call__(self, tokens: jax.Array, *, train: bool):
-        return self.embedding(tokens), {}
+        x = self.embedding(tokens)
+        return (x if self.scale == 1 else x * jnp.asarray(self.scale, x.dtype)), {}
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits float[B, T, V] by the transposed table, for a decoder with tied weights (Press & Wolf 2017)."""

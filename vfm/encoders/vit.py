@@ -51,9 +51,9 @@ class ViT(nn.Module):
         positions = self.param("positions", nn.initializers.normal(0.02), (self.num_tokens, self.width))
         x = x + positions[None].astype(x.dtype)
         return Transformer(
-            self.depth,
-            self.num_heads,
-            self.mlp_dim,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
             dropout=self.dropout,
             remat=self.remat,
             dtype=self.dtype,

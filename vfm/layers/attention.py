@@ -1,11 +1,14 @@
 """Attention, and the one function that builds every mask."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vfm.errors import UserError
+from vfm.errors import UserError, unknown
 from vfm.layers.mlp import residual_init
+from vfm.layers.norm import make_norm
 from vfm.layers.positions import rotate
 from vfm.sharding import constrain
 
@@ -47,24 +50,63 @@ def make_mask(
     return allowed
 
 
+QK_NORMS = ("none", "head", "full")
+
+
+def dot_product_attention(q, k, v, *, mask=None, bias=None, scale: float, softcap: float | None = None) -> jax.Array:
+    """softmax(scale · Q K^T + bias) V (Vaswani et al. 2017, eq. 1), softmax in fp32.
+
+    q: float[B, T, N, K]; k, v: float[B, S, M, K], where M divides N (grouped queries); mask: bool[B | 1, 1 | N, T, S];
+    bias: float[B | 1, N, T, S]. softcap c: logits become c · tanh(logits / c) before bias and mask (Gemma 2).
+    A query that may see no key gets the mean of the values.
+    """
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale)
+    B, T, N, K = q.shape
+    M = k.shape[2]
+    logits = jnp.einsum("btmgk,bsmk->bmgts", q.reshape(B, T, M, N // M, K), k, preferred_element_type=jnp.float32)
+    logits = softcap * jnp.tanh(logits.reshape(B, N, T, -1) * (scale / softcap))
+    if bias is not None:
+        logits = logits + bias
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bmgts,bsmk->btmgk", weights.reshape(B, M, N // M, T, -1), v).reshape(B, T, N, K)
+
+
 class Attention(nn.Module):
-    """Multi-head attention softmax(Q K^T / sqrt(K)) V (Vaswani et al. 2017), grouped if `num_kv_heads` < `num_heads`
-    (Ainslie et al. 2023).
+    """Multi-head attention (Vaswani et al. 2017), grouped if `num_kv_heads` < `num_heads` (Ainslie et al. 2023).
+
+    Fields:
+      scale: factor of the logits; None: 1 / sqrt(head_dim). T5 has 1 (its queries start smaller instead).
+      softcap: see `dot_product_attention`. out_bias: None: `use_bias`.
+      qk_norm: "head": queries and keys are RMS-normalised per head, before rotation (Dehghani et al. 2023; Qwen 3);
+        "full": over all heads together (OLMo 2).
 
     `x`: float[B, T, D] asks; `context`: float[B, S, D'] answers (None: `x` itself). `mask`: bool[B, 1, T, S], True
-    where attention is allowed. `table`: rotary tables of the query tokens. `cache`: {"key", "value": float[B, S, N, K],
-    "index": int32[]}; the new keys are written at `index`. Returns float[B, T, D] and the cache (None without one).
+    where attention is allowed. `bias`: float[B | 1, N, T, S] on the logits. `table`: rotary tables of the query
+    tokens. `layer_scale`: float32[], a further factor of the logits. `cache`: {"key", "value": float[B, S, M, K],
+    "index": int32[]}; the new keys are written at `index`. Keys and values of a context are computed once, when
+    `context` is given, and read from cache["cross_key"], ["cross_value"] when it is not (`cross`).
+    Returns float[B, T, D] and the cache (None without one).
     """
 
     num_heads: int = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
     use_bias: bool = True
+    out_bias: bool | None = None
+    qk_norm: str = "none"
+    norm_epsilon: float = 1e-6
+    scale: float | None = None
+    softcap: float | None = None
+    rope_interleaved: bool = False
+    cross: bool = False
     depth: int = 1
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x, context=None, *, mask=None, table=None, cache=None):
+    def __call__(self, x, context=None, *, mask=None, bias=None, table=None, layer_scale=None, cache=None):
         B, T, D = x.shape
         kv_heads = self.num_kv_heads or self.num_heads
         if self.head_dim is None and D % self.num_heads:
@@ -73,29 +115,62 @@ class Attention(nn.Module):
             )
         if self.num_heads % kv_heads:
             raise UserError(f"attention: num_kv_heads={kv_heads} does not divide num_heads={self.num_heads}")
+        if self.qk_norm not in QK_NORMS:
+            raise unknown("qk_norm", self.qk_norm, QK_NORMS, "model.backbone")
         head_dim = self.head_dim or D // self.num_heads
-        context = x if context is None else context
+        scale = 1 / math.sqrt(head_dim) if self.scale is None else self.scale
+        # Whatever the scale, the logits start with the variance of 1 / sqrt(K).
+        plain = nn.initializers.lecun_normal()
+        small = nn.initializers.variance_scaling(1 / (head_dim * scale**2), "fan_in", "truncated_normal")
 
-        def heads(name, count, source):
-            layer = nn.DenseGeneral((count, head_dim), use_bias=self.use_bias, dtype=self.dtype, name=name)
+        def heads(name, count, source, init=plain):
+            layer = nn.DenseGeneral(
+                (count, head_dim), use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name
+            )
             return constrain(layer(source), "batch", "length", "heads", None)
 
-        q = heads("query", self.num_heads, x)
-        k = heads("key", kv_heads, context)
-        v = heads("value", kv_heads, context)
+        def normalised(name, x):
+            shape = x.shape
+            flat = x.reshape(*shape[:2], -1) if self.qk_norm == "full" else x
+            norm = make_norm(
+                "rmsnorm", epsilon=self.norm_epsilon, use_bias=False, dtype=self.dtype, name=f"norm_{name}"
+            )
+            return norm(flat).reshape(shape)
+
+        q = heads("query", self.num_heads, x, small)
+        if self.qk_norm != "none":
+            q = normalised("query", q)
         if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            write = jax.lax.dynamic_update_slice_in_dim
-            k = write(cache["key"], k.astype(cache["key"].dtype), cache["index"], axis=1)
-            v = write(cache["value"], v.astype(cache["value"].dtype), cache["index"], axis=1)
-            cache = {"key": k, "value": v, "index": cache["index"] + T}
-        y = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=mask)
+            q = rotate(q, table, self.rope_interleaved)
+        if layer_scale is not None:
+            q = q * layer_scale.astype(q.dtype)
+
+        if self.cross and context is None:
+            k, v = cache["cross_key"], cache["cross_value"]
+        else:
+            source = context if self.cross or context is not None else x
+            k, v = heads("key", kv_heads, source), heads("value", kv_heads, source)
+            if self.qk_norm != "none":
+                k = normalised("key", k)
+            if table is not None:
+                k = rotate(k, table, self.rope_interleaved)
+            if cache is not None and self.cross:
+                fit = lambda x, to: to.at[:, : x.shape[1]].set(x.astype(to.dtype))
+                cache = {**cache, "cross_key": fit(k, cache["cross_key"]), "cross_value": fit(v, cache["cross_value"])}
+                k, v = cache["cross_key"], cache["cross_value"]
+            elif cache is not None:
+                write = jax.lax.dynamic_update_slice_in_dim
+                k = write(cache["key"], k.astype(cache["key"].dtype), cache["index"], axis=1)
+                v = write(cache["value"], v.astype(cache["value"].dtype), cache["index"], axis=1)
+                cache = {**cache, "key": k, "value": v, "index": cache["index"] + T}
+        y = dot_product_attention(
+            q, k.astype(q.dtype), v.astype(q.dtype), mask=mask, bias=bias, scale=scale, softcap=self.softcap
+        )
         y = constrain(y, "batch", "length", "heads", None)
         y = nn.DenseGeneral(
             D,
             axis=(-2, -1),
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if self.out_bias is None else self.out_bias,
             dtype=self.dtype,
             kernel_init=residual_init(self.depth),
             name="out",

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vfm.errors import unknown
 from vfm.sharding import constrain
@@ -11,6 +12,9 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu_squared": lambda x: jax.nn.relu(x) ** 2,
+    "tanh": jnp.tanh,
 }
 
 

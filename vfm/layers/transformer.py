@@ -1,11 +1,15 @@
 """The Transformer block and the scanned stack that every encoder and backbone is made of."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vfm.errors import unknown
 from vfm.layers.attention import Attention
 from vfm.layers.mlp import MLP
+from vfm.layers.moe import MoE
 from vfm.layers.norm import make_norm
 from vfm.sharding import constrain
 
@@ -16,111 +20,209 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+NORM_POSITIONS = ("pre", "post", "branch", "sandwich")
+ARRANGEMENTS = ("sequential", "parallel", "parallel_one_norm")
 
 
-class Block(nn.Module):
-    """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); float[B, T, D] -> float[B, T, D].
+class BlockFields(nn.Module):
+    """The fields of a Transformer block, declared once for the block, its stack, and the backbones made of stacks.
 
-    With `cross` a second attention, over `context`: float[B, S, D'], stands between the two. The call takes positional
-    arguments only and returns (x, (cache, out)), as `nn.scan` wants.
+    Fields:
+      num_heads, num_kv_heads (None: as many), head_dim (None: width / num_heads), mlp_dim
+      norm, norm_epsilon: see `make_norm`
+      norm_position: where the norm of a branch f stands. "pre": x + f(norm(x)) (GPT-2, LLaMA); "post": norm(x + f(x))
+        (Vaswani et al. 2017; BERT, BART, GPT-1); "branch": x + norm(f(x)) (OLMo 2); "sandwich": x + norm(f(norm(x)))
+        (Gemma 2). A stack ends with a norm, unless "post".
+      arrangement: "sequential": attention, then MLP. "parallel": x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX),
+        "parallel_one_norm": both read the same norm (GPT-J, PaLM)
+      activation, gated: see `MLP`
+      use_bias: of all layers; qkv_bias, out_bias (attention), mlp_bias, norm_bias: None: as `use_bias`
+      qk_norm, attention_scale, attention_softcap, rope_interleaved: see `Attention`
+      num_experts: a mixture of experts (see `MoE`) in place of the MLP; experts_per_token, normalise_weights of it
+      dropout: of every branch. depth: of the stack, for initialisation. remat: a policy of `REMAT`
     """
 
-    num_heads: int
-    mlp_dim: int
+    num_heads: int = 2
+    mlp_dim: int = 64
+    depth: int = 2
     num_kv_heads: int | None = None
     head_dim: int | None = None
     norm: str = "layernorm"
     norm_epsilon: float = 1e-5
+    norm_position: str = "pre"
+    arrangement: str = "sequential"
     activation: str = "gelu_tanh"
     gated: bool = False
     use_bias: bool = True
-    dropout: float = 0.0
-    cross: bool = False
-    depth: int = 1
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x, cache, mask, table, context, context_mask, train):
-        def norm(name, x):
-            return make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=self.use_bias, dtype=self.dtype, name=name)(
-                x
-            )
-
-        def residual(name, x, y):
-            y = nn.Dropout(self.dropout, name=f"dropout_{name}")(y, deterministic=not train)
-            return constrain(x + y, "batch", "length", "width")
-
-        def attention(name):
-            return Attention(
-                self.num_heads, self.num_kv_heads, self.head_dim, self.use_bias, self.depth, self.dtype, name=name
-            )
-
-        out = {}
-        y, cache = attention("attention")(norm("norm_attention", x), mask=mask, table=table, cache=cache)
-        x = residual("attention", x, y)
-        if self.cross:
-            y, _ = attention("cross_attention")(norm("norm_cross", x), context, mask=context_mask)
-            x = residual("cross", x, y)
-        mlp = MLP(
-            self.mlp_dim, self.activation, self.gated, self.use_bias, depth=self.depth, dtype=self.dtype, name="mlp"
-        )
-        x = residual("mlp", x, mlp(norm("norm_mlp", x), train=train))
-        out["x"] = x
-        return x, (cache, out)
-
-
-class Transformer(nn.Module):
-    """`depth` equal blocks under one `nn.scan` (parameters have a leading layer axis), then a norm.
-
-    x: float[B, T, D] -> (float[B, T, D], out) with out["layers"]: float[L, B, T, D], the residual stream after each
-    block, and out["cache"]. `mask`, `table`, `context` as in `Attention`; `cache` has a leading layer axis.
-    """
-
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    norm: str = "layernorm"
-    norm_epsilon: float = 1e-5
-    activation: str = "gelu_tanh"
-    gated: bool = False
-    use_bias: bool = True
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    mlp_bias: bool | None = None
+    norm_bias: bool | None = None
+    qk_norm: str = "none"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    rope_interleaved: bool = False
+    num_experts: int | None = None
+    experts_per_token: int = 2
+    normalise_weights: bool = True
     dropout: float = 0.0
     cross: bool = False
     remat: str = "none"
     dtype: str = "float32"
 
+    def block_fields(self) -> dict[str, Any]:
+        """Name -> value of the fields above."""
+        names = BlockFields.__dataclass_fields__
+        return {name: getattr(self, name) for name in names if name not in ("parent", "name")}
+
+    def make_norm(self, name: str) -> nn.Module:
+        """The norm that these fields say."""
+        bias = self.use_bias if self.norm_bias is None else self.norm_bias
+        return make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=bias, dtype=self.dtype, name=name)
+
+
+class Block(BlockFields):
+    """Transformer block: attention and MLP, each with a residual connection; float[B, T, D] -> float[B, T, D].
+
+    With `cross` a second attention, over a context, stands between the two. The call takes positional arguments only
+    and returns (x, (cache, out)), as `nn.scan` wants. `layer` holds what differs from layer to layer: cache (see
+    `Attention`), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits). `shared`
+    holds the rest: mask, bias, table and context, context_mask; local_mask and local_table for local layers.
+    """
+
     @nn.compact
-    def __call__(self, x, *, mask=None, table=None, context=None, context_mask=None, cache=None, train: bool):
+    def __call__(self, x, layer, shared, train):
+        if self.norm_position not in NORM_POSITIONS:
+            raise unknown("norm_position", self.norm_position, NORM_POSITIONS, "model.backbone")
+        if self.arrangement not in ARRANGEMENTS:
+            raise unknown("arrangement", self.arrangement, ARRANGEMENTS, "model.backbone")
+        before = self.norm_position in ("pre", "sandwich")
+        after = self.norm_position in ("branch", "sandwich")
+        out, cache = {}, layer.get("cache")
+        mask, table = shared.get("mask"), shared.get("table")
+        if "local" in layer:
+            choose = lambda local, all: jnp.where(layer["local"], local, all)
+            mask = choose(shared["local_mask"], mask)
+            if shared.get("local_table") is not None:
+                table = jax.tree.map(choose, shared["local_table"], table)
+
+        def enter(name, x):
+            return self.make_norm(f"norm_{name}")(x) if before else x
+
+        def branch(name, y):
+            y = self.make_norm(f"norm_{name}_out")(y) if after else y
+            return nn.Dropout(self.dropout, name=f"dropout_{name}")(y, deterministic=not train)
+
+        def leave(name, x):
+            x = self.make_norm(f"norm_{name}")(x) if self.norm_position == "post" else x
+            return constrain(x, "batch", "length", "width")
+
+        def attention(name, cross=False):
+            return Attention(
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                use_bias=self.use_bias if self.qkv_bias is None else self.qkv_bias,
+                out_bias=self.use_bias if self.out_bias is None else self.out_bias,
+                qk_norm=self.qk_norm,
+                norm_epsilon=self.norm_epsilon,
+                scale=self.attention_scale,
+                softcap=self.attention_softcap,
+                rope_interleaved=self.rope_interleaved,
+                cross=cross,
+                depth=self.depth,
+                dtype=self.dtype,
+                name=name,
+            )
+
+        def mlp(x):
+            if self.num_experts is not None:
+                y, out["router_logits"] = MoE(
+                    self.num_experts,
+                    self.experts_per_token,
+                    self.mlp_dim,
+                    self.activation,
+                    self.normalise_weights,
+                    self.depth,
+                    self.dtype,
+                    name="mlp",
+                )(x, train=train)
+                return y
+            bias = self.use_bias if self.mlp_bias is None else self.mlp_bias
+            return MLP(self.mlp_dim, self.activation, self.gated, bias, depth=self.depth, dtype=self.dtype, name="mlp")(
+                x, train=train
+            )
+
+        h = enter("attention", x)
+        y, cache = attention("attention")(
+            h, mask=mask, bias=shared.get("bias"), table=table, layer_scale=layer.get("scale"), cache=cache
+        )
+        if self.arrangement != "sequential":
+            h = h if self.arrangement == "parallel_one_norm" else enter("mlp", x)
+            x = leave("mlp", x + branch("attention", y) + branch("mlp", mlp(h)))
+        else:
+            x = leave("attention", x + branch("attention", y))
+            if self.cross:
+                y, cache = attention("cross_attention", cross=True)(
+                    enter("cross", x), shared.get("context"), mask=shared.get("context_mask"), cache=cache
+                )
+                x = leave("cross", x + branch("cross", y))
+            x = leave("mlp", x + branch("mlp", mlp(enter("mlp", x))))
+        out["x"] = x
+        return x, (cache, out)
+
+
+class Transformer(BlockFields):
+    """`depth` equal blocks under one `nn.scan` (parameters have a leading layer axis), then a norm.
+
+    x: float[B, T, D] -> (float[B, T, D], out) with out["layers"]: float[L, B, T, D], the residual stream after each
+    block, out["cache"], and out["router_logits"] float32[L, B, T, E] of a mixture of experts. The arguments of the
+    call are those of `Block`; `local`, `scale` and `cache` have a leading layer axis.
+    """
+
+    @nn.compact
+    def __call__(
+        self,
+        x,
+        *,
+        mask=None,
+        bias=None,
+        table=None,
+        local_mask=None,
+        local_table=None,
+        context=None,
+        context_mask=None,
+        local=None,
+        scale=None,
+        cache=None,
+        train: bool,
+    ):
         if self.remat not in REMAT:
             raise unknown("remat policy", self.remat, REMAT)
         block = Block
         if self.remat != "none":
-            # Argument 7 (train) is a Python bool; inside a scan common subexpressions cannot undo the recomputation.
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False, static_argnums=(7,))
+            # Argument 4 (train) is a Python bool; inside a scan common subexpressions cannot undo the recomputation.
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False, static_argnums=(4,))
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 5),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.depth,
-        )(
-            self.num_heads,
-            self.mlp_dim,
-            self.num_kv_heads,
-            self.head_dim,
-            self.norm,
-            self.norm_epsilon,
-            self.activation,
-            self.gated,
-            self.use_bias,
-            self.dropout,
-            self.cross,
-            self.depth,
-            self.dtype,
-            name="layers",
-        )
-        x, (cache, out) = stack(x, cache, mask, table, context, context_mask, train)
-        x = make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=self.use_bias, dtype=self.dtype, name="norm")(x)
-        return x, {"layers": out["x"], "cache": cache}
+        )(**self.block_fields(), name="layers")
+        layer = {"local": local, "scale": scale, "cache": cache}
+        shared = {
+            "mask": mask,
+            "bias": bias,
+            "table": table,
+            "local_mask": local_mask,
+            "local_table": local_table,
+            "context": context,
+            "context_mask": context_mask,
+        }
+        present = lambda arguments: {name: value for name, value in arguments.items() if value is not None}
+        x, (cache, out) = stack(x, present(layer), present(shared), train)
+        out["layers"], out["cache"] = out.pop("x"), cache
+        if self.norm_position != "post":
+            x = self.make_norm("norm")(x)
+        return x, out

@@ -28,6 +28,11 @@ class Query(nn.Module):
         context = nn.Dense(self.width, dtype=self.dtype, name="projection")(x)
         queries = self.param("queries", nn.initializers.normal(0.02), (self.num_tokens, self.width))
         q = queries[None].repeat(x.shape[0], axis=0).astype(context.dtype)
-        return Transformer(self.depth, self.num_heads, self.mlp_dim, cross=True, dtype=self.dtype, name="transformer")(
-            q, context=context, train=train
-        )
+        return Transformer(
+            depth=self.depth,
+            num_heads=self.num_heads,
+            mlp_dim=self.mlp_dim,
+            cross=True,
+            dtype=self.dtype,
+            name="transformer",
+        )(q, context=context, train=train)

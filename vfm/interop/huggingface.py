@@ -1,0 +1,379 @@
+"""Published weights: folders with config.json and safetensors, as the `transformers` library writes them."""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vfm import model as model_lib
+from vfm import sharding, tree
+from vfm.errors import UserError, unknown
+from vfm.interop import bart, bert, gpt, llama, t5
+from vfm.interop.weights import Family, Tensor
+from vfm.model import VFM
+
+FAMILIES: dict[str, Family] = {
+    **gpt.FAMILIES,
+    **llama.FAMILIES,
+    **bert.FAMILIES,
+    **t5.FAMILIES,
+    **bart.FAMILIES,
+}
+# Without an architecture in config.json.
+_USUAL = ("lm", "mlm", "none")
+_SHARD = 4 << 30  # bytes of one file
+# Fields that say how a model is run and trained, and not what it computes.
+_FREE = ("dropout", "remat", "dtype", "max_len")
+
+
+def load(
+    path: str, *, mesh: jax.sharding.Mesh | None = None, rules: Mapping[str, Any] = sharding.RULES,
+    param_dtype: str = "float32", dtype: str = "float32", **fields: Any,
+) -> tuple[VFM, dict[str, Any]]:  # fmt: skip
+    """The model of a folder, and its variables {"params": …}.
+
+    Args:
+      path: folder with config.json and *.safetensors (one file, or several with an index).
+      mesh, rules: where the parameters go (see `vfm.sharding`); None: the first device. Tensors are read one after the
+        other, and of each only the parts that this process's devices hold are kept.
+      param_dtype: of the parameters, whatever the files hold. dtype: of the computation.
+      fields: other values for fields of the backbone, such as remat="full", dropout=0.1.
+
+    `model.apply(variables, tokens=int32[B, T], input_mask=bool[B, T], train=False)` gives (logits, out), see `VFM`;
+    encoder–decoders also take decoder_tokens. Raises `UserError` for an architecture that is not supported, for a
+    tensor that is missing, has another shape, or has no place in the model.
+    """
+    folder = pathlib.Path(path).expanduser()
+    c = _config(folder)
+    kind = c.get("model_type")
+    if kind not in FAMILIES:
+        raise unknown("model_type", kind, FAMILIES, f"{folder / 'config.json'}")
+    family, files = FAMILIES[kind], _Files(folder)
+    head = _head(c, kind, family, files.names)
+    try:
+        cfg = family.read(c, head)
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: the field {error} of a {kind!r} model is missing") from None
+    cfg["backbone"] |= fields
+    model = model_lib.build({**cfg, "dtype": dtype})
+    length = min(8, model.backbone.max_len)
+    shapes = tree.flatten(jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0), length))["params"])
+    if mesh is None:
+        mesh = sharding.make_mesh({}, jax.devices()[:1])
+    shardings = tree.flatten(sharding.parameter_shardings(tree.unflatten(shapes), mesh, rules))
+    parts = {path: _Parts(shapes[path].shape, shardings[path], jnp.dtype(param_dtype)) for path in shapes}
+    used = set()
+    for row in family.tensors(describe(model)):
+        _place(row, family, files, parts, shapes, used)
+    if left := sorted(set(shapes) - {path for path, part in parts.items() if part.filled}):
+        raise UserError(f"interop: the weight map of {kind!r} gives nothing for the parameter {left[0]}")
+    ignored = [re.compile(regex) for regex in family.ignored]
+    tied = {"lm_head.weight", "embed_out.weight"} if _tied(model) else set()
+    left = [n for n in files.names if n not in used | tied and not any(r.fullmatch(n) for r in ignored)]
+    if left:
+        raise UserError(
+            f"{folder}: {len(left)} tensor(s) have no place in a {kind!r} model with head {head!r}, the first: "
+            f"{left[0]}"
+        )
+    return model, {"params": tree.unflatten({path: part.array() for path, part in parts.items()})}
+
+
+def save(path: str, model: VFM, variables: Mapping[str, Any]) -> None:
+    """Writes a folder that `transformers` loads: config.json and safetensors with the parameters as they are.
+
+    The family is the first whose config.json can say all that the model's fields say; `UserError` if there is none.
+    With several processes all must call it; the first one writes.
+    """
+    from safetensors.numpy import save_file
+
+    kind, c = _family_of(model)
+    folder = pathlib.Path(path).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    params, family = tree.flatten(variables["params"]), FAMILIES[kind]
+    prefix = family.prefix if model.decoders.get("text") or _head_of(model) not in ("none", "pooled") else ""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    size = 0
+    for row in family.tensors(describe(model)):
+        values = [_host(params[path]) for path in row.paths]
+        depth, experts = _counts(row, [v.shape for v in values])
+        for name, index in row.indices(depth, experts):
+            tensor = np.ascontiguousarray(row.join([value[index] for value in values]))
+            if size and size + tensor.nbytes > _SHARD:
+                shards.append({})
+                size = 0
+            shards[-1][name.replace("@", prefix)] = tensor
+            size += tensor.nbytes
+    if jax.process_index() != 0:
+        return
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+        index = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    for name, shard in zip(names, shards):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(c, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(model: VFM) -> dict[str, Any]:
+    """All fields of all blocks, as `config.model` with nothing left to defaults: what the weight maps read."""
+    tables = {kind: {cls: name for name, cls in table.items()} for kind, table in model_lib.TABLES.items()}
+
+    def fields(kind, block):
+        own = block.__dataclass_fields__
+        return {
+            "name": tables[kind][type(block)],
+            **{name: getattr(block, name) for name in own if name not in ("parent", "name")},
+        }
+
+    found: dict[str, Any] = {"centre": model.centre, "backbone": fields("backbone", model.backbone)}
+    for kind in ("encoders", "input_projectors", "output_projectors", "decoders"):
+        found[kind] = {name: fields(kind, block) for name, block in getattr(model, kind).items()}
+    b = found["backbone"]
+    b["num_kv_heads"] = b["num_kv_heads"] or b["num_heads"]
+    b["head_dim"] = b["head_dim"] or b["width"] // b["num_heads"]
+    for name in ("qkv_bias", "out_bias", "mlp_bias", "norm_bias"):
+        b[name] = b["use_bias"] if b[name] is None else b[name]
+    for name in ("depth", "num_heads", "mlp_dim"):
+        if f"decoder_{name}" in b:
+            b[f"decoder_{name}"] = b[f"decoder_{name}"] or b[name]
+    if b["attention_scale"] == b["head_dim"] ** -0.5:
+        b["attention_scale"] = None
+    return found
+
+
+def _meaning(model: VFM) -> dict[str, Any]:
+    """What a description says about the function: fields that have no effect, and free ones, left out."""
+    d = describe(model)
+    b = d["backbone"]
+    dead = [*_FREE, "cross", "use_bias"]
+    if b["positions"] in ("learned", "sinusoidal"):
+        dead.remove("max_len")
+    else:
+        dead.append("position_offset")
+    if b["positions"] != "rope":
+        dead += ["rope_theta", "rope_fraction", "rope_scaling", "rope_interleaved", "local_rope_theta"]
+    if b["positions"] != "relative":
+        dead += ["relative_buckets", "relative_max_distance"]
+    if b["num_experts"] is None:
+        dead += ["experts_per_token", "normalise_weights"]
+    else:
+        dead += ["gated", "mlp_bias"]
+    if b["norm"] != "layernorm":
+        dead.append("norm_bias")
+    if b["window"] is None or all(b["local_layers"]):
+        dead += ["local_layers", "local_rope_theta"]
+    else:
+        b["local_layers"] = tuple(np.resize(b["local_layers"], b["depth"]).tolist())
+    for field in dead:
+        b.pop(field, None)
+    for kind in ("encoders", "decoders"):
+        for block in d[kind].values():
+            for field in (*_FREE, "in_width"):
+                block.pop(field, None)
+            if not block.get("transform"):
+                block.pop("norm_epsilon", None)
+    return d
+
+
+def _family_of(model: VFM) -> tuple[str, dict[str, Any]]:
+    """The family that can say what the model is, and its config.json."""
+    d, head, meaning = describe(model), _head_of(model), _meaning(model)
+    simple = (
+        set(model.encoders) == {"text"}
+        and set(model.decoders) <= {"text", "label"}
+        and not model.input_projectors
+        and not model.output_projectors
+    )
+    for kind, family in FAMILIES.items() if simple else ():
+        architectures = [name for name, h in family.heads.items() if h == ("none" if head == "pooled" else head)]
+        c = family.write(d, head) if architectures else None
+        if c is None:
+            continue
+        c = {"architectures": architectures[:1], "model_type": kind, **c}
+        if head == "classification":
+            count = c.pop("num_labels")
+            c["id2label"] = {str(n): f"LABEL_{n}" for n in range(count)}
+            c["label2id"] = {label: int(n) for n, label in c["id2label"].items()}
+        try:
+            again = model_lib.build(family.read(json.loads(json.dumps(c)), head))
+        except UserError:
+            continue
+        if _meaning(again) == meaning:
+            return kind, c
+    raise UserError(
+        f"interop: no family can express this model ({type(model.backbone).__name__}); supported: {', '.join(FAMILIES)}"
+    )
+
+
+def _head_of(model: VFM) -> str:
+    text, label = model.decoders.get("text"), model.decoders.get("label")
+    if text is not None and label is not None:
+        return "pretraining"
+    if text is not None:
+        return "mlm" if text.transform else "lm"
+    if label is not None:
+        return "pooled" if label.num_classes is None else "classification"
+    return "none"
+
+
+def _head(c: Mapping[str, Any], kind: str, family: Family, names) -> str:
+    architectures = c.get("architectures") or []
+    if not architectures:
+        head = next(h for h in _USUAL if h in family.heads.values())
+    elif architectures[0] in family.heads:
+        head = family.heads[architectures[0]]
+    else:
+        raise unknown("architecture", architectures[0], family.heads, f"config.json of a {kind!r} model")
+    if head == "none" and any(name.endswith("pooler.dense.weight") for name in names):
+        return "pooled"
+    return head
+
+
+def _tied(model: VFM) -> bool:
+    return bool(getattr(model.decoders.get("text"), "tied", False))
+
+
+def _config(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not folder.is_dir():
+        raise UserError(f"interop: {folder} is not a folder; give one with config.json and *.safetensors")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"interop: {file} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"interop: {file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"interop: {file} holds a {type(found).__name__}, not an object")
+    return found
+
+
+class _Files:
+    """The tensors of a folder by name, read when asked for."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"interop: {index} is damaged: {error}") from None
+        else:
+            files = sorted(file.name for file in folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"interop: {folder} has no *.safetensors file")
+        self.open: dict[str, Any] = {}
+        self.where: dict[str, str] = {}
+        for file in files:
+            self.where |= dict.fromkeys(self._open(file).keys(), file)
+
+    def _open(self, file: str):
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self.open:
+            path = self.folder / file
+            if not path.is_file():
+                raise UserError(f"interop: {path} does not exist; the index names it")
+            try:
+                self.open[file] = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"interop: {path} is not a safetensors file: {error}") from None
+        return self.open[file]
+
+    @property
+    def names(self) -> list[str]:
+        """As they stand in the files."""
+        return list(self.where)
+
+    def find(self, name: str, prefix: str) -> str:
+        """The name in the files of a tensor of the weight map, where `@` is the prefix, or nothing.
+
+        Files older than safetensors call scale and bias of norms gamma and beta.
+        """
+        for full in dict.fromkeys((name.replace("@", prefix), name.replace("@", ""))):
+            older = full.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            for spelling in (full, older):
+                if spelling in self.where:
+                    return spelling
+        raise UserError(f"{self.folder}: the tensor {name.replace('@', prefix)} is missing")
+
+    def read(self, name: str) -> np.ndarray:
+        return self._open(self.where[name]).get_tensor(name)
+
+
+class _Parts:
+    """A parameter under way: the pieces of it that this process's devices hold."""
+
+    def __init__(self, shape, sharding_, dtype):
+        self.shape, self.sharding, self.dtype = tuple(shape), sharding_, dtype
+        self.devices = sharding_.addressable_devices_indices_map(self.shape)
+        self.pieces: dict[tuple, np.ndarray] = {}
+        self.filled = False
+
+    def fill(self, index: tuple[int, ...], value: np.ndarray) -> None:
+        """Writes the value of one layer (and expert) into the pieces that hold a part of it."""
+        self.filled = True
+        for where in self.devices.values():
+            spans = tuple(slice(*s.indices(n)) for s, n in zip(where, self.shape))
+            key = tuple((s.start, s.stop) for s in spans)
+            if key not in self.pieces:
+                self.pieces[key] = np.empty([s.stop - s.start for s in spans], self.dtype)
+            lead = spans[: len(index)]
+            if all(s.start <= i < s.stop for i, s in zip(index, lead)):
+                at = tuple(i - s.start for i, s in zip(index, lead))
+                self.pieces[key][at] = value[spans[len(index) :]].astype(self.dtype)
+
+    def array(self) -> jax.Array:
+        def piece(where):
+            spans = (slice(*s.indices(n)) for s, n in zip(where, self.shape))
+            return self.pieces[tuple((s.start, s.stop) for s in spans)]
+
+        arrays = [jax.device_put(piece(where), device) for device, where in self.devices.items()]
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, arrays)
+
+
+def _counts(row: Tensor, shapes) -> tuple[int, int]:
+    """Layers and experts of the parameters of a row."""
+    depth = shapes[0][0] if "{i}" in row.name else 1
+    return depth, shapes[0][1] if "{e}" in row.name else 1
+
+
+def _place(row: Tensor, family: Family, files: _Files, parts, shapes, used: set[str]) -> None:
+    """Reads the tensors of one row of the weight map into their parameters."""
+    for path in row.paths:
+        if path not in shapes:
+            raise UserError(f"interop: the weight map names the parameter {path}, which the model does not have")
+    lead = ("{i}" in row.name) + ("{e}" in row.name)
+    wanted = [tuple(shapes[path].shape[lead:]) for path in row.paths]
+    depth, experts = _counts(row, [shapes[path].shape for path in row.paths])
+    for name, index in row.indices(depth, experts):
+        name = files.find(name, family.prefix)
+        used.add(name)
+        tensor = files.read(name)
+        try:
+            values = row.split(tensor, wanted)
+            fits = all(value.shape == shape for value, shape in zip(values, wanted, strict=True))
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{files.folder}: the tensor {name} has shape {tensor.shape}, which does not fit "
+                f"{', '.join(f'{path} {shape}' for path, shape in zip(row.paths, wanted))}"
+            )
+        for path, value in zip(row.paths, values):
+            parts[path].fill(index, value)
+
+
+def _host(leaf) -> np.ndarray:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(leaf, tiled=True) if jax.process_count() > 1 else np.asarray(leaf)
