@@ -14,9 +14,10 @@ class Mixture:
     The epoch is the shortest in which every row of every data set appears: data sets that are smaller than
     their share repeat from their start. Counts are exact (largest remainder), and so, to about one row,
     are those of any run of indices. Rows get the fields that another data set has (`segment_ids` 1 and
-    `positions` from 0 where it does not pack, `label` -1 where it has none), so that all rows have the same
-    structure.
-    Raises UserError when datasets and weights do not name the same things, or a weight is not positive.
+    `positions` from 0 where it does not pack, `label` -1 where it has none, no `prefix`, and 0 for `token_types` and
+    `block_positions`), so that all rows have the same structure.
+    Raises UserError when datasets and weights do not name the same things, a weight is not positive, or only some
+    data sets have a field that cannot be made up, such as `decoder_tokens`.
     """
 
     def __init__(
@@ -45,6 +46,9 @@ class Mixture:
             for cfg in datasets.values()
         ]
         self.keys = frozenset().union(*(child.keys for child in self.datasets))
+        for name, child in zip(datasets, self.datasets):
+            if odd := self.keys - child.keys - _FILL.keys():
+                raise UserError(f"dataset 'mixture': {name!r} has no {', '.join(sorted(odd))}, which another one has")
         share = np.array([weights[name] for name in datasets], np.float64)
         share /= share.sum()
         sizes = np.array([len(child) for child in self.datasets])
@@ -63,12 +67,18 @@ class Mixture:
         """Row `index` of the schedule."""
         row = self.datasets[self.child[index]].example(int(self.row[index]), rng)
         real = row["input_mask"].astype(np.int32)
-        fill = {
-            "segment_ids": lambda: real,
-            "positions": lambda: np.arange(len(real), dtype=np.int32) * real,
-            "label": lambda: np.asarray(-1, np.int32),
-        }
-        return row | {key: fill[key]() for key in self.keys if key not in row}
+        return row | {key: _FILL[key](real) for key in self.keys if key not in row}
+
+
+# Field -> what a row gets that does not have it, from its input_mask int32[T].
+_FILL = {
+    "segment_ids": lambda real: real,
+    "positions": lambda real: np.arange(len(real), dtype=np.int32) * real,
+    "token_types": np.zeros_like,
+    "block_positions": np.zeros_like,
+    "prefix": lambda real: np.zeros(len(real), bool),
+    "label": lambda real: np.asarray(-1, np.int32),
+}
 
 
 def _round(counts: np.ndarray) -> np.ndarray:

@@ -32,9 +32,20 @@ class Aux(NamedTuple):
 LossFn = Callable[..., tuple[Mapping[str, Term], Aux]]
 
 from vfm.objectives.any_to_any import any_to_any  # noqa: E402
+from vfm.objectives.classification import classification  # noqa: E402
+from vfm.objectives.denoising import denoising  # noqa: E402
+from vfm.objectives.masked import masked  # noqa: E402
 from vfm.objectives.next_token import next_token  # noqa: E402
+from vfm.objectives.permutation import permutation  # noqa: E402
 
-OBJECTIVES = {"any_to_any": any_to_any, "next_token": next_token}
+OBJECTIVES = {
+    "any_to_any": any_to_any,
+    "classification": classification,
+    "denoising": denoising,
+    "masked": masked,
+    "next_token": next_token,
+    "permutation": permutation,
+}
 
 
 def build(cfg: Mapping[str, Any], model: nn.Module) -> LossFn:
