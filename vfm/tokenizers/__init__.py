@@ -1,11 +1,91 @@
 """Tokenizers: text to ids and back."""
 
-from vfm.data.construct import construct
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from vfm.errors import UserError
+from vfm.tokenizers.added import AddedToken
 from vfm.tokenizers.byte import ByteTokenizer
+from vfm.tokenizers.formats import byte_level_tokenizer, load, save, save_tiktoken
+from vfm.tokenizers.split import Splitter
+from vfm.tokenizers.tokenizer import Stream, Tokenizer
+from vfm.tokenizers.training import train
 
-TOKENIZERS = {"byte": ByteTokenizer}
+__all__ = [
+    "TOKENIZERS", "AddedToken", "ByteTokenizer", "Stream", "Tokenizer", "bpe", "build", "load", "save", "save_tiktoken",
+    "train_bpe", "untrained",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
-def build(cfg) -> ByteTokenizer:
+def bpe(
+    path: str = "",
+    vocab_size: int = 0,
+    pattern: str = "gpt2",
+    special: tuple[str, ...] = SPECIAL,
+    min_frequency: int = 0,
+) -> Tokenizer:
+    """A BPE tokenizer that was trained before: that of a file or folder (see `load`).
+
+    The other fields are those of `train_bpe`. Special tokens that the tokenizer has not get the next ids; a vocab_size
+    other than 0 must be the one found.
+    """
+    if not path:
+        raise UserError(
+            "tokenizer 'bpe' has no `path`: train one with `python -m experiments.tokenizer`, or give vocab_size in a "
+            "config that trains its own. Without training: tokenizer 'byte'"
+        )
+    tokenizer = load(path, pattern=pattern, special=special)
+    if vocab_size not in (0, tokenizer.vocab_size):
+        raise UserError(f"tokenizer {path!r} has {tokenizer.vocab_size} ids, not vocab_size={vocab_size}")
+    return tokenizer
+
+
+TOKENIZERS = {"bpe": bpe, "byte": ByteTokenizer, "file": load}
+
+
+def build(cfg: Mapping) -> ByteTokenizer | Tokenizer:
     """The tokenizer that `cfg.name` names, with the rest of `cfg` as its fields."""
+    from vfm.data.construct import construct  # only here: worker processes need not import all of vfm.data
+
     return construct("tokenizer", TOKENIZERS, cfg)
+
+
+def untrained(cfg: Mapping) -> bool:
+    """Whether a config asks for a tokenizer that is to be trained first: name "bpe" with a vocab_size and no path."""
+    return cfg.get("name") == "bpe" and not cfg.get("path") and bool(cfg.get("vocab_size"))
+
+
+def train_bpe(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    pattern: str = "gpt2",
+    special: Sequence[str] = SPECIAL,
+    min_frequency: int = 0,
+    workers: int = 0,
+    report: Callable[[str], None] = log.info,
+) -> Tokenizer:
+    """Trains byte-level BPE; the merges are those of Hugging Face `tokenizers` for the same texts.
+
+    texts: read once, one by one; words do not go from one text to the next. vocab_size: special tokens, 256 bytes, and
+    the merges; it is smaller where the texts do not have so many pairs. pattern: how a text is split into words, a name
+    of `split.PATTERNS` or an expression. special: ids 0, 1, … in this order. min_frequency: of pairs that are merged.
+    workers: processes that count words; the result is the same for any number. report: is told the progress.
+    Raises UserError for a vocab_size that is too small and for empty texts.
+    A run that trains its tokenizer first: `if untrained(cfg): save(folder, train_bpe(texts, **rest of cfg))`, and then
+    `build({"name": "bpe", "path": folder})`.
+    """
+    special = tuple(special)
+    model = train(
+        texts,
+        vocab_size=vocab_size,
+        splitter=Splitter(pattern),
+        special=special,
+        min_frequency=min_frequency,
+        workers=workers,
+        report=report,
+    )
+    return byte_level_tokenizer(model, pattern, special)
