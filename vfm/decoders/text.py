@@ -13,7 +13,8 @@ class TextDecoder(nn.Module):
 
     Fields:
       tied: the text encoder's table is used instead of an own kernel (Press & Wolf 2017): `VFM` passes its `attend`
-      use_bias: one bias per id
+      use_bias: one bias per id. fixed_bias: another that is not trained, in the collection `constants` (BART's
+        final_logits_bias)
       scale: factor of the logits, such as 1 / sqrt(D) (T5)
       softcap: c: logits become c · tanh(logits / c) (Gemma 2)
       transform: an activation; the features then go through dense, activation and LayerNorm first, as in the head for
@@ -23,6 +24,7 @@ class TextDecoder(nn.Module):
     vocab_size: int = 259
     tied: bool = False
     use_bias: bool = False
+    fixed_bias: bool = False
     scale: float = 1.0
     softcap: float | None = None
     transform: str = ""
@@ -44,9 +46,12 @@ class TextDecoder(nn.Module):
             logits = attend(x)
             if self.use_bias:
                 bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
-                logits = logits + bias.astype(logits.dtype)
+                logits = logits + bias[None, None].astype(logits.dtype)
         else:
             logits = nn.Dense(self.vocab_size, use_bias=self.use_bias, dtype=self.dtype, name="head")(x)
+        if self.fixed_bias:
+            bias = self.variable("constants", "bias", jnp.zeros, (self.vocab_size,), jnp.float32)
+            logits = logits + bias.value[None, None].astype(logits.dtype)
         if self.scale != 1:
             logits = logits * jnp.asarray(self.scale, logits.dtype)
         if self.softcap is not None:

@@ -24,8 +24,6 @@ def _read(kind: str):
             "width": width,
             "depth": c["encoder_layers"],
             "num_heads": heads,
-            "num_kv_heads": heads,
-            "head_dim": width // heads,
             "mlp_dim": c["encoder_ffn_dim"],
             "decoder_depth": c["decoder_layers"],
             "decoder_num_heads": c["decoder_attention_heads"],
@@ -42,7 +40,7 @@ def _read(kind: str):
             "use_bias": True,
         }
         text = {"scale": math.sqrt(width) if c.get("scale_embedding", False) else 1.0}
-        decoder = {"tied": bool(c.get("tie_word_embeddings", True)), "use_bias": True}
+        decoder = {"tied": bool(c.get("tie_word_embeddings", True)), "fixed_bias": True}
         return single("encoder_decoder", c, backbone, text, decoder if head == "lm" else None, None)
 
     return read
@@ -107,8 +105,7 @@ def _tensors(kind: str):
                 norm(f"@{side}.layer_norm", f"{stack}transformer/norm")
         if "text" in d["decoders"]:
             tied = d["decoders"]["text"]["tied"]
-            bias = "decoders_text/bias" if tied else "decoders_text/head/bias"
-            rows.append(Tensor("final_logits_bias", (bias,), ROW))
+            rows.append(Tensor("final_logits_bias", ("constants/decoders_text/bias",), ROW))
             if not tied:
                 rows.append(Tensor("lm_head.weight", ("decoders_text/head/kernel",), LINEAR))
         return rows

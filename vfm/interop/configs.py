@@ -116,6 +116,8 @@ def rope(c: Mapping[str, Any], fraction: float = 1.0) -> dict[str, Any]:
     rest = {name: value for name, value in scaling.items() if value is not None and name not in names}
     if rest:
         raise UserError(f"config.json: unknown field {next(iter(rest))!r} of rotary scaling {kind!r}")
+    if kind in ("linear", "dynamic"):  # here max_position_embeddings is the length before scaling
+        fields["max_len"] = int(longest * found["factor"])
     return {**fields, "rope_scaling": found}
 
 
@@ -129,6 +131,8 @@ def rope_parameters(b: Mapping[str, Any], kind: str) -> dict[str, Any]:
         scaling = dict(b["rope_scaling"])
         found["rope_type"] = scaling.pop("type")
         original = scaling.pop("original_max_len", None)
+        if found["rope_type"] in ("linear", "dynamic"):
+            top["max_position_embeddings"] = original or round(b["max_len"] / scaling["factor"])
         if found["rope_type"] == "longrope" and kind == "phi3":
             top["original_max_position_embeddings"] = original
         if original is not None and found["rope_type"] != "dynamic":

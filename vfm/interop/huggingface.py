@@ -35,7 +35,7 @@ def load(
     path: str, *, mesh: jax.sharding.Mesh | None = None, rules: Mapping[str, Any] = sharding.RULES,
     param_dtype: str = "float32", dtype: str = "float32", **fields: Any,
 ) -> tuple[VFM, dict[str, Any]]:  # fmt: skip
-    """The model of a folder, and its variables {"params": …}.
+    """The model of a folder, and its variables {"params": …} (BART has {"constants": …} as well).
 
     Args:
       path: folder with config.json and *.safetensors (one file, or several with an index).
@@ -62,7 +62,7 @@ def load(
     cfg["backbone"] |= fields
     model = model_lib.build({**cfg, "dtype": dtype})
     length = min(8, model.backbone.max_len)
-    shapes = tree.flatten(jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0), length))["params"])
+    shapes = _flatten(jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0), length)))
     if mesh is None:
         mesh = sharding.make_mesh({}, jax.devices()[:1])
     shardings = tree.flatten(sharding.parameter_shardings(tree.unflatten(shapes), mesh, rules))
@@ -80,7 +80,8 @@ def load(
             f"{folder}: {len(left)} tensor(s) have no place in a {kind!r} model with head {head!r}, the first: "
             f"{left[0]}"
         )
-    return model, {"params": tree.unflatten({path: part.array() for path, part in parts.items()})}
+    found = tree.unflatten({path: part.array() for path, part in parts.items()})
+    return model, {"params": found, **({"constants": found.pop("constants")} if "constants" in found else {})}
 
 
 def save(path: str, model: VFM, variables: Mapping[str, Any]) -> None:
@@ -94,7 +95,7 @@ def save(path: str, model: VFM, variables: Mapping[str, Any]) -> None:
     kind, c = _family_of(model)
     folder = pathlib.Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    params, family = tree.flatten(variables["params"]), FAMILIES[kind]
+    params, family = _flatten(variables), FAMILIES[kind]
     prefix = family.prefix if model.decoders.get("text") or _head_of(model) not in ("none", "pooled") else ""
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0
@@ -120,6 +121,12 @@ def save(path: str, model: VFM, variables: Mapping[str, Any]) -> None:
     for name, shard in zip(names, shards):
         save_file(shard, folder / name, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(c, indent=2) + "\n", encoding="utf-8")
+
+
+def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Path -> leaf; the paths of what has no gradient begin with `constants/`."""
+    rest = {"constants": variables["constants"]} if "constants" in variables else {}
+    return tree.flatten({**variables["params"], **rest})
 
 
 def describe(model: VFM) -> dict[str, Any]:
