@@ -72,7 +72,7 @@ def model_start(io, model):
     return (2, 1) if model.backbone.positions == "learned" else (0, 0)
 
 
-def losses(model, variables, call, given, logits, out):
+def losses(model, given, logits, out):
     """The library's loss of the case."""
 
     def mean(logits, labels):
@@ -125,7 +125,7 @@ def test_forward(loaded, name, case):
             theirs = wanted[f"router_logits.{layer}"].reshape(out["backbone"]["router_logits"][layer].shape)
             close(out["backbone"]["router_logits"][layer], theirs, mask, atol=1e-4, rtol=1e-4)
     if "loss" in wanted and "aux_loss" not in wanted:
-        found = float(losses(model, variables, call, given, logits, out))
+        found = float(losses(model, given, logits, out))
         assert abs(found - float(wanted["loss"])) < 1e-5
 
 
@@ -138,8 +138,8 @@ def test_gradient_norm(loaded, name):
 
     @jax.jit
     def loss(params):
-        logits, out = model.apply({"params": params}, **call, train=False)
-        return losses(model, {"params": params}, call, given, logits, out)
+        logits, out = model.apply({**variables, "params": params}, **call, train=False)
+        return losses(model, given, logits, out)
 
     norm = float(optax.global_norm(jax.grad(loss)(variables["params"])))
     if "basic/out/aux_loss" not in io.files:

@@ -76,7 +76,11 @@ def _read(kind: str):
 def _write(kind: str):
     def write(d: Mapping[str, Any], head: str) -> dict[str, Any] | None:
         b, names = d["backbone"], _names(kind)
-        if b["name"] != "encoder_only" or b["positions"] != "learned":
+        if (
+            b["name"] != "encoder_only"
+            or b["positions"] != "learned"
+            or (kind != "distilbert") != bool(b["num_token_types"])
+        ):
             return None
         c = {theirs: b[ours] for ours, theirs in names.items() if ours != "activation"}
         c |= {

@@ -84,8 +84,10 @@ def load(
     return model, {"params": found, **({"constants": found.pop("constants")} if "constants" in found else {})}
 
 
-def save(path: str, model: VFM, variables: Mapping[str, Any]) -> None:
+def save(path: str, model: VFM, variables: Mapping[str, Any], **config: Any) -> None:
     """Writes a folder that `transformers` loads: config.json and safetensors with the parameters as they are.
+
+    config: further fields of config.json that the model does not know, such as eos_token_id=2, pad_token_id=0.
 
     The family is the first whose config.json can say all that the model's fields say; `UserError` if there is none.
     With several processes all must call it; the first one writes.
@@ -93,6 +95,7 @@ def save(path: str, model: VFM, variables: Mapping[str, Any]) -> None:
     from safetensors.numpy import save_file
 
     kind, c = _family_of(model)
+    c = {**c, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), **config}
     folder = pathlib.Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     params, family = _flatten(variables), FAMILIES[kind]

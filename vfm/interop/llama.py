@@ -62,7 +62,7 @@ def _read(kind: str):
         style = STYLES[kind]
         width, heads = c["hidden_size"], c["num_attention_heads"]
         epsilon = c.get("rms_norm_eps", c.get("layer_norm_eps", c.get("norm_epsilon", c.get("layer_norm_epsilon"))))
-        bias = bool(c.get("attention_bias", False))
+        bias = bool(c.get("attention_bias", False)) and kind not in ("qwen2", "stablelm")
         refuse(c, kind, clip_qkv=None, qk_layernorm=False, use_qk_norm=False, use_bidirectional_attention=None)
         backbone = {
             "width": width,

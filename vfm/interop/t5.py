@@ -17,7 +17,7 @@ def _read(kind: str):
         gated, act = form.startswith("gated-"), form.removeprefix("gated-")
         act = "gelu_new" if form == "gated-gelu" else act  # the library's own exception
         tied = bool(c.get("tie_word_embeddings", kind == "t5"))
-        scaled = c.get("scale_decoder_outputs", tied)
+        scaled = c.get("scale_decoder_outputs", tied and kind == "t5")
         backbone = {
             "width": c["d_model"],
             "depth": c["num_layers"],

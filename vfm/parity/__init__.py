@@ -1,0 +1,1 @@
+"""Comparisons with trusted libraries, for tests and for `experiments.certify`; the libraries are the extra `parity`."""
