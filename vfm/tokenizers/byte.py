@@ -1,5 +1,6 @@
 """Byte-level tokenizer: no training, no unknown words, exact on any bytes."""
 
+import codecs
 import dataclasses
 from collections.abc import Iterable
 
@@ -70,3 +71,23 @@ class ByteTokenizer:
             if i >= offset:
                 data.append(i - offset)
         return bytes(data)
+
+    def stream(self) -> "ByteStream":
+        """A decoder that takes ids one by one, as they are generated."""
+        return ByteStream(self)
+
+
+class ByteStream:
+    """Text of ids that arrive one by one; together it is `decode(ids)`. See `Stream` of the other tokenizers."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._text = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, i: int) -> str:
+        """The text that this id completes."""
+        return self._text.decode(self._tokenizer.decode_bytes((i,)))
+
+    def finish(self) -> str:
+        """The text of the bytes that are left, U+FFFD where a character is incomplete."""
+        return self._text.decode(b"", final=True)

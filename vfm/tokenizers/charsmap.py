@@ -53,6 +53,13 @@ def _walk(units) -> list[tuple[bytes, int]]:
     return found
 
 
+def aligned(read: int, written: str) -> list[tuple[int, str]]:
+    """The characters of a replacement, one for each character read as far as they go, as `tokenizers` counts them."""
+    parts = [(1, char) for char in written[: read - 1]]
+    parts += [(1, written[read - 1 :])]
+    return parts + [(1, "")] * (read - len(parts))
+
+
 class Charsmap:
     """Replaces sequences of characters as SentencePiece does: at each position the longest one in the map."""
 
@@ -107,7 +114,7 @@ class ClusterCharsmap(Charsmap):
                 prefixes = (cluster[:n] for n in range(1, len(cluster) + 1))
                 value = next((self.rules[prefix] for prefix in prefixes if prefix in self.rules), None)
             if value is not None:
-                found.append((len(cluster), value))
+                found += aligned(len(cluster), value)
             else:
                 found += [(1, self.rules.get(char, char)) for char in cluster]
         return found
@@ -121,4 +128,5 @@ class ClusterCharsmap(Charsmap):
 @functools.cache
 def _clusters() -> re.Pattern:
     marks = unicode16.char_class(unicode16.ranges("M") + _EXTEND)
-    return re.compile(rf"\r\n|[^{marks}]?[{marks}]+|.", re.DOTALL)
+    alone = "".join(unicode16.char_class(unicode16.ranges(name)) for name in ("Cc", "Cf", "Zl", "Zp"))
+    return re.compile(rf"\r\n|[^{marks}{alone}]?[{marks}]+|.", re.DOTALL)

@@ -16,10 +16,10 @@ codecs.register_error(BY_BYTE, lambda error: ("\ufffd" * (error.end - error.star
 class Decoder:
     """Bytes of ids.
 
-    rest, first: id -> bytes of a token within a text, and at its beginning. spaces: how many spaces are left out at the
-    beginning; each: this many of every token there, as long as nothing else has been written; exact: ids that keep
-    theirs. errors: how bytes that are not UTF-8 become text (`bytes.decode`). shown: special
-    tokens that are not left out.
+    rest, first: id -> bytes of a token within a text, and at its beginning. spaces: how many spaces are left out at
+    the beginning; each: this many of every token there, as long as nothing else has been written; exact: ids that keep
+    theirs. gap: a space at the end of a token is written only if another token follows. errors: how bytes that are not
+    UTF-8 become text (`bytes.decode`). shown: special tokens that are not left out.
     """
 
     def __init__(
@@ -30,19 +30,20 @@ class Decoder:
         exact: Iterable[int] = (),
         spaces: int = 0,
         each: bool = False,
+        gap: bool = False,
         errors: str = "replace",
         shown: Iterable[int] = (),
     ):
         self.rest, self.first, self.exact = dict(rest), dict(rest if first is None else first), frozenset(exact)
-        self.spaces, self.each, self.errors, self.shown = spaces, each, errors, frozenset(shown)
-        self.simple = first is None and not spaces
+        self.spaces, self.each, self.gap, self.errors, self.shown = spaces, each, gap, errors, frozenset(shown)
+        self.simple = first is None and not spaces and not gap
 
     def parts(self, ids: Iterable[int]) -> Iterable[bytes]:
         """The bytes of each id in turn, for ids that follow each other from the beginning of a text."""
         if self.simple:
             yield from map(self.rest.__getitem__, ids)
             return
-        begun, left = False, self.spaces
+        begun, left, held = False, self.spaces, b""
         for at, i in enumerate(ids):
             part = (self.rest if at else self.first)[i]
             if not begun and left and i not in self.exact:
@@ -50,7 +51,9 @@ class Decoder:
                 left = left if self.each else left - (len(part) - len(stripped))
                 part = stripped
             begun = begun or bool(part)
-            yield part
+            part = held + part
+            held = b" " if self.gap and part.endswith(b" ") else b""
+            yield part.removesuffix(b" ") if held else part
 
 
 def _clean(text: str) -> str:
@@ -107,6 +110,7 @@ def build(spec: dict | None, tokens: Mapping[int, str], added: Mapping[int, str]
         elif kind == "BPEDecoder":
             suffix = step.get("suffix", "</w>")
             rest = first = {i: token.replace(suffix, " ") for i, token in rest.items()}
+            options["gap"] = True
         else:
             known = ("BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip")
             if kind in known:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from vfm.errors import UserError, unknown
 from vfm.tokenizers import unicode16
-from vfm.tokenizers.charsmap import ClusterCharsmap
+from vfm.tokenizers.charsmap import ClusterCharsmap, aligned
 from vfm.tokenizers.split import Splitter, partition
 
 SPACE = "\u2581"  # the visible space of SentencePiece
@@ -98,7 +98,13 @@ def lower(char: str) -> str:
 
 
 def _strip_mark(char: str) -> str:
-    return "" if unicode16.category(char)[0] == "M" and char not in unicode16.newer() else char
+    kept = unicode16.category(char)[0] != "M" or char in unicode16.newer_marks()
+    return char if kept and char not in "\u1cf2\u1cf3" else ""
+
+
+def _is_bert_mark(char: str) -> bool:
+    # Two characters have been in another category since.
+    return char in "\u1734\U0001171e" or (unicode16.category(char) == "Mn" and char not in unicode16.newer())
 
 
 def _bert(clean: bool, chinese: bool, strip: bool, lowercase: bool, char: str) -> str:
@@ -109,8 +115,7 @@ def _bert(clean: bool, chinese: bool, strip: bool, lowercase: bool, char: str) -
             return ""
     text = char
     if strip:
-        kept = (c for c in _normal_form("NFD", char) if unicode16.category(c) != "Mn" or c in unicode16.newer())
-        text = "".join(kept)
+        text = "".join(c for c in _normal_form("NFD", char) if not _is_bert_mark(c))
     if lowercase:
         text = "".join(map(lower, text))
     return f" {text} " if chinese and any(low <= ord(char) <= high for low, high in _CHINESE) else text
@@ -124,11 +129,16 @@ def _normal_form(form: str, text: str) -> str:
 def _normal_form_pieces(form: str, text: str) -> list[tuple[int, str]]:
     segments: list[str] = []
     for char in text:
-        if segments and (unicodedata.combining(char) or unicode16.category(char)[0] == "M"):
+        joins = unicodedata.combining(char) or unicode16.category(char)[0] == "M"
+        # Hangul vowels and final consonants, halfwidth sound marks.
+        if segments and (joins or "\u1160" <= char <= "\u11ff" or char in "\uff9e\uff9f"):
             segments[-1] += char
         else:
             segments.append(char)
-    found = [(len(segment), _normal_form(form, segment)) for segment in segments]
+    found = []
+    for segment in segments:
+        out, single = _normal_form(form, segment), [(1, _normal_form(form, char)) for char in segment]
+        found += single if "".join(part for _, part in single) == out else aligned(len(segment), out)
     whole = _normal_form(form, text)
     return found if "".join(out for _, out in found) == whole else [(len(text), whole)]
 
@@ -136,7 +146,7 @@ def _normal_form_pieces(form: str, text: str) -> list[tuple[int, str]]:
 def _replace_pieces(spans, content: str, text: str) -> list[tuple[int, str]]:
     found = []
     for start, end, match in partition(spans, text):
-        found += [(end - start, content)] if match else [(1, char) for char in text[start:end]]
+        found += [(end - start - 1, ""), (1, content)] if match else [(1, char) for char in text[start:end]]
     return found
 
 

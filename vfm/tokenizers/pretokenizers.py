@@ -76,7 +76,8 @@ def _set(*names: str, extra: str = "") -> str:
 
 
 def _is_bert_punctuation(char: str) -> bool:
-    return char in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~" or (
+    # All signs of ASCII, and two characters that have been in another category since.
+    return char in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u166d\U000111c9" or (
         unicode16.category(char)[0] == "P" and char not in unicode16.newer()
     )
 

@@ -41,7 +41,8 @@ BLOCK = 1 << 20
 _MAX = 0xFFFF
 _ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 _WORD = ("L", "M", "Nd", "Nl", "Pc")
-_WORD_EXTRA = ((0x200C, 0x200D), (0x24B6, 0x24E9))
+_WORD_EXTRA = ((0x200C, 0x200D), (0x24B6, 0x24E9))  # and, above U+FFFF, letters in circles and squares:
+_LETTER_SYMBOLS = ((0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x1F170, 0x1F189))
 
 
 class Splitter:
@@ -64,14 +65,12 @@ class Splitter:
 
     def findall(self, text: str) -> list[str]:
         """All matches, without empty ones."""
-        words = self._re.findall(shadow(text))
-        if not self.local:
-            words = list(filter(None, words))
         if not has_astral(text):
-            return words
+            words = self._re.findall(text)
+            return words if self.local else list(filter(None, words))
         if not self.local:
             return [text[start:end] for start, end in self.spans(text)]
-        ends = list(itertools.accumulate(map(len, words)))
+        ends = list(itertools.accumulate(map(len, self._re.findall(shadow(text)))))
         return [text[start:end] for start, end in zip([0, *ends], ends)]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
@@ -105,6 +104,8 @@ def shadow(text: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _stand_in_of(char: str) -> str:
+    if any(first <= ord(char) <= last for first, last in _LETTER_SYMBOLS):
+        return "\u24b6"
     return chr([last for _, last in unicode16.ranges(unicode16.category(char)) if last <= _MAX][-1])
 
 

@@ -13,15 +13,16 @@ def _flat(spec: dict | None) -> list[dict]:
     return [s for part in spec["processors"] for s in _flat(part)] if spec["type"] == "Sequence" else [spec]
 
 
-def trims_offsets(spec: dict | None) -> bool:
-    """Whether white space does not count to the offsets of a token."""
-    kinds = ("ByteLevel", "RobertaProcessing")
-    return any(step["type"] in kinds and step.get("trim_offsets", True) for step in _flat(spec))
+def trims_offsets(spec: dict | None) -> tuple[bool, bool]:
+    """Whether spaces do not count to the offsets of a token, and whether one was put in front of the text."""
+    steps = [step for step in _flat(spec) if step["type"] in ("ByteLevel", "RobertaProcessing")]
+    trims = [step for step in steps if step.get("trim_offsets", True)]
+    return bool(trims), any(step.get("add_prefix_space", True) for step in trims)
 
 
 def template(spec: dict | None, key: str) -> list[tuple[int | str, int]]:
     """(id, or "A" and "B" for the texts; type id) in order. key: "single" or "pair"."""
-    found: list[tuple[int | str, int]] = [("A", 0), ("B", 0)] if key == "pair" else [("A", 0)]
+    found: list[tuple[int | str, int]] = [("A", 0), ("B", 1)] if key == "pair" else [("A", 0)]
     for step in _flat(spec):
         if step["type"] == "TemplateProcessing":
             found = _resolved(step, key)

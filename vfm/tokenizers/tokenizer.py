@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from vfm.errors import UserError, unknown
-from vfm.tokenizers import decoders, normalizers, pretokenizers, unicode16
+from vfm.tokenizers import decoders, normalizers, pretokenizers
 from vfm.tokenizers.added import AddedToken, AddedTokens, check
 from vfm.tokenizers.bpe import BPE
 from vfm.tokenizers.normalizers import SPACE, Edit
@@ -218,8 +218,12 @@ class Tokenizer:
             for (found, inside), (_, where) in zip(self.model.encode_spans([word for word, _ in words]), words):
                 ids += found
                 spans += [(where[a][0], where[b - 1][1]) for a, b in inside]
-        if self._trim:
-            spans = [_trimmed(text, *span) for span in spans]
+        if self._trim[0]:
+            added = set(self._added.ids.values())
+            spans = [
+                _trimmed(text[a:b].encode() if i in added else self._decoder.rest[i], a, b, self._trim[1] and not at)
+                for at, (i, (a, b)) in enumerate(zip(ids, spans))
+            ]
         if add:
             ids = self._around(ids)
             spans = [(0, 0)] * len(self._before) + spans + [(0, 0)] * len(self._after)
@@ -246,8 +250,18 @@ class Tokenizer:
             if isinstance(part, AddedToken):
                 yield part, False
                 continue
+            begins = start == 0 and self._keeps_start(part)
             for piece, at, _ in self._added.search(self._normal(part, start == 0), after, True):
-                yield piece, start == 0 and at == 0
+                yield piece, begins and at == 0
+
+    def _keeps_start(self, text: str) -> bool:
+        """Whether the normalised text begins with what the text begins with, where a step of the splitting asks."""
+        if not self._edits or not any(isinstance(step, Edit) and step.only_first for step in self._steps):
+            return True
+        places = [(i, i + 1) for i in range(len(text))]
+        for edit in self._edits:
+            text, places = _edited(edit, text, places, True)
+        return not places or places[0][0] == 0
 
     def _aligned(self, text: str, allow) -> Iterator[tuple[str | AddedToken, bool, list[tuple[int, int]]]]:
         """As `_parts`, with the place of every character in the input."""
@@ -260,7 +274,7 @@ class Tokenizer:
             for edit in self._edits:
                 part, places = _edited(edit, part, places, start == 0)
             for piece, a, b in self._added.search(part, after, True):
-                yield piece, start == 0 and a == 0, places[a:b]
+                yield piece, places[a][0] == 0, places[a:b]
 
     # Ids to text.
 
@@ -333,21 +347,21 @@ def _edited(edit: Edit, text: str, places: list[tuple[int, int]], first: bool) -
     for read, written in edit.pieces(text):
         if read:
             span = (places[at][0], places[at + read - 1][1])
-        else:  # what is put in front or behind takes no room
-            edge = places[at][0] if at < len(places) else places[-1][1] if places else 0
-            span = (edge, edge)
+        else:  # what is put in front or behind belongs to its neighbour
+            span = (places[at] if at < len(places) else places[-1]) if places else (0, 0)
         found += [span] * len(written)
         out.append(written)
         at += read
     return "".join(out), found
 
 
-def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    while start < end and text[start] in unicode16.WHITE_SPACE:
-        start += 1
-    while start < end and text[end - 1] in unicode16.WHITE_SPACE:
-        end -= 1
-    return start, end
+def _trimmed(token: bytes, start: int, end: int, prefixed: bool) -> tuple[int, int]:
+    """The span without the spaces at the ends of its token; not counting the one that was put in front of the text."""
+    before, after = len(token) - len(token.lstrip(b" ")), len(token) - len(token.rstrip(b" "))
+    if before == 1 and prefixed:
+        before = 0
+    start = min(start + before, end)
+    return start, max(end - after, start) if end >= after else end
 
 
 def _word_cuts(model) -> list[Cut]:

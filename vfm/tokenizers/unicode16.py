@@ -46,11 +46,21 @@ def ranges(name: str) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+def _listed(spans: str) -> frozenset[str]:
+    found = (span.split("-") for span in spans.split())
+    return frozenset(chr(code) for span in found for code in range(int(span[0], 16), int(span[-1], 16) + 1))
+
+
 @functools.cache
 def newer() -> frozenset[str]:
     """Marks, punctuation and format characters that are newer than the tables of Hugging Face's BERT components."""
-    spans = (span.split("-") for span in NEWER.split())
-    return frozenset(chr(code) for span in spans for code in range(int(span[0], 16), int(span[-1], 16) + 1))
+    return _listed(NEWER)
+
+
+@functools.cache
+def newer_marks() -> frozenset[str]:
+    """Marks that are newer than the tables of Hugging Face's component StripAccents."""
+    return _listed(NEWER_MARKS)
 
 
 def char_class(spans) -> str:
@@ -73,6 +83,16 @@ NEWER = """
 11EF7-11EF8 11F00-11F01 11F36-11F3A 11F40 11F42-11F4F 11F5A 11FFF 12FF1-12FF2 13430-13440 13447-13455 1611E-16129
 1612D-1612F 16D6D-16D6F 16E97-16E9A 16F4F 16FE2 16FE4 1CF00-1CF2D 1CF30-1CF46 1E000-1E006 1E008-1E018 1E01B-1E021
 1E023-1E024 1E026-1E02A 1E08F 1E130-1E136 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E5FF 1E944-1E94A 1E95E-1E95F
+"""
+
+NEWER_MARKS = """
+7FD 897-89F 8CA-8D3 9FE AFA-AFF B55 C04 C3C CF3 D00 D3B-D3C D81 EBA ECE 1715 180F 1ABF-1ACE 1CF7 1DF6-1DFA A82C A8FF
+10D24-10D27 10D69-10D6D 10EAB-10EAC 10EFC-10EFF 10F46-10F50 10F82-10F85 11070 11073-11074 110C2 11145-11146 111C9
+111CE-111CF 11241 1133B 113B8-113C0 113C2 113C5 113C7-113CA 113CC-113D0 113D2 113E1-113E2 1145E 1182C-1183A
+11930-11935 11937-11938 1193B-1193E 11940 11942-11943 119D1-119D7 119DA-119E0 119E4 11A01-11A0A 11A33-11A39
+11A3B-11A3E 11A47 11A51-11A5B 11A8A-11A99 11D31-11D36 11D3A 11D3C-11D3D 11D3F-11D45 11D47 11D8A-11D8E 11D90-11D91
+11D93-11D97 11EF3-11EF6 11F00-11F01 11F03 11F34-11F3A 11F3E-11F42 11F5A 13440 13447-13455 1611E-1612F 16F4F
+16F7F-16F87 16FE4 16FF0-16FF1 1CF00-1CF2D 1CF30-1CF46 1E08F 1E130-1E136 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF
 """
 
 RUNS = """
