@@ -82,6 +82,8 @@ def output_shape(kind, block, x):
     rows = (x.shape[0],)
     if kind == "encoders":
         return (*rows, T if block.item_shape == () else block.num_tokens, block.width)
+    if kind == "decoders" and getattr(block, "whole_sequence", False):
+        return (*rows, block.num_classes)
     if kind == "decoders":
         item = block.item_shape or (x.shape[1], block.vocab_size)
         return (*rows, *item)
@@ -130,7 +132,8 @@ def test_declares_what_the_model_asks(kind, name):
     train = inspect.signature(cls.__call__).parameters["train"]
     assert train.kind is train.KEYWORD_ONLY and train.default is train.empty
     if kind == "backbones":
-        assert all(has(kind, name, x) for x in ("input_mask", "segment_ids", "positions", "cache"))
+        assert all(has(kind, name, x) for x in ("input_mask", "segment_ids", "positions"))
+        assert cls.kind in ("encoder_only", "decoder_only", "encoder_decoder")
     assert not cls.__doc__.startswith(f"{cls.__name__}(")  # written, not that of a dataclass
 
 
@@ -242,11 +245,13 @@ def test_masked_positions_do_not_matter(kind, name):
         real = mask[:, :, None]
         y = forward(params, x, input_mask=mask)
         moved = forward(params, jnp.where(real, x, noise), input_mask=mask)
-        np.testing.assert_array_equal(jnp.where(real, moved, 0), jnp.where(real, y, 0))
+        kept = real if y.ndim == 3 else True  # one class for all positions
+        np.testing.assert_array_equal(jnp.where(kept, moved, 0), jnp.where(kept, y, 0))
         assert differs(forward(params, jnp.where(real, noise, x), input_mask=mask), y)
     ones = jnp.ones_like(mask)  # with nothing masked the same change does matter
-    y, moved = (forward(params, x, input_mask=ones) for x in (x, x.at[:, 1].set(noise[:, 1])))
-    assert differs(moved[:, 2:], y[:, 2:])
+    if y.ndim == 3:
+        y, moved = (forward(params, x, input_mask=ones) for x in (x, x.at[:, 1].set(noise[:, 1])))
+        assert differs(moved[:, 2:], y[:, 2:])
 
 
 @taking("segment_ids")
@@ -269,10 +274,11 @@ def test_the_cache_gives_what_the_whole_sequence_gives(kind, name):
     block, params, forward = built(kind, name)
     x = inputs(kind, name)
     expected = forward(params, x)
-    step = jax.jit(lambda x, cache: block.apply({"params": params}, x, cache=cache, train=False))
-    cache, found = block.init_cache(B, T), []
-    for piece in (x[:, :3], x[:, 3:4], x[:, 4:5], x[:, 5:6]):
-        y, out = step(piece, cache)
+    step = jax.jit(lambda x, cache, **rest: block.apply({"params": params}, x, cache=cache, **rest, train=False))
+    two = block.kind == "encoder_decoder"  # it reads all of x at once, and writes x again bit by bit
+    cache, found = block.init_cache(B, T, T) if two else block.init_cache(B, T), []
+    for n, piece in enumerate((x[:, :3], x[:, 3:4], x[:, 4:5], x[:, 5:6])):
+        y, out = step(x if n == 0 else None, cache, decoder_x=piece) if two else step(piece, cache)
         cache = out["cache"]
         found.append(y)
     np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, atol=1e-5)

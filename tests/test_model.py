@@ -181,7 +181,7 @@ def test_layout_is_what_the_blocks_declare(built):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_text_model_is_its_blocks_one_after_the_other_bit_for_bit(tied):
-    encoder, backbone = TextEncoder(V, D), DecoderOnly(D, depth=2, mlp_dim=16)
+    encoder, backbone = TextEncoder(V, D), DecoderOnly(width=D, depth=2, mlp_dim=16)
     decoder = TextDecoder(V, tied)
     model = model_lib.VFM("text", {"text": encoder}, {}, backbone, {}, {"text": decoder})
     model_lib.check(model)

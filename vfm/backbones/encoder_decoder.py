@@ -1,5 +1,7 @@
 """Encoder–decoder backbone: a bidirectional stack reads, a causal one with cross-attention writes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -59,17 +61,17 @@ class EncoderDecoder(StackFields):
     kind = "encoder_decoder"
 
     def setup(self):
-        fields = self.stack_fields()
-        self.encoder = EncoderOnly(**fields)
-        self.decoder = DecoderOnly(
-            **{
-                **fields,
-                "depth": self.decoder_depth or self.depth,
-                "num_heads": self.decoder_num_heads or self.num_heads,
-                "mlp_dim": self.decoder_mlp_dim or self.mlp_dim,
-                "cross": True,
-            }
-        )
+        self.encoder = EncoderOnly(**self.stack_fields())
+        self.decoder = DecoderOnly(**self._decoder_fields())
+
+    def _decoder_fields(self) -> dict[str, Any]:
+        return {
+            **self.stack_fields(),
+            "depth": self.decoder_depth or self.depth,
+            "num_heads": self.decoder_num_heads or self.num_heads,
+            "mlp_dim": self.decoder_mlp_dim or self.mlp_dim,
+            "cross": True,
+        }
 
     def __call__(
         self,
@@ -112,4 +114,5 @@ class EncoderDecoder(StackFields):
 
     def init_cache(self, batch_size: int, length: int, context_length: int) -> dict[str, jax.Array]:
         """An empty cache for `length` tokens of the decoder and `context_length` of the encoder."""
-        return self.decoder.init_cache(batch_size, length, context_length)
+        # `self.decoder` is only there within a call of the model.
+        return DecoderOnly(**self._decoder_fields(), parent=None).init_cache(batch_size, length, context_length)
