@@ -36,7 +36,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "tfds": TFDS,
         "test": [*TFDS, "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"],
+        # Dictionary segmentation of Chinese for experiments.prepare.
+        "prepare": ["rjieba>=0.2.2"],
         # What parity tests compare with; they skip where it is absent.
-        "parity": ["torch>=2.13", "transformers>=5.23", "safetensors>=0.8"],
+        "parity": ["torch>=2.13", "transformers>=5.23", "safetensors>=0.8", "datasketch>=2.0"],
     },
 )

@@ -41,7 +41,7 @@ def parse(argv: Sequence[str]) -> Options:
     flags.DEFINE_boolean("help", False, "", flag_values=first)
     flags.DEFINE_string("workdir", None, "", flag_values=second)
     flags.DEFINE_integer("verbosity", None, "", flag_values=second)
-    rest = _flags(first, argv, known_only=True)
+    rest = parse_flags(first, argv, known_only=True)
     if first.help:
         return Options(None, None, None)
     if not first.config:
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> Options:
         if field := re.match(r"--?(?:no)?config\.([^=]*)", argument):
             _check_field(field[1], fields)
     config_flags.DEFINE_config_dict("config", config, flag_values=second, sys_argv=["", *rest])
-    if left := _flags(second, rest, fields=fields):
+    if left := parse_flags(second, rest, fields=fields):
         raise UserError(f"the argument {left[0]!r} belongs to no flag; write --flag=value")
     _check_tuples(fields, _fields(config))
     if not second.workdir:
@@ -145,7 +145,9 @@ def _check_tuples(old: dict[str, Any], new: dict[str, Any]) -> None:
                 raise UserError(f"--{name}: {wrong[0]!r} is not {kinds}; expected a tuple such as {before!r}")
 
 
-def _flags(values: flags.FlagValues, argv: Sequence[str], fields: dict[str, Any] | None = None, **options) -> list[str]:
+def parse_flags(
+    values: flags.FlagValues, argv: Sequence[str], fields: dict[str, Any] | None = None, **options
+) -> list[str]:
     """Parses flags and returns the arguments that belong to none."""
     values.set_gnu_getopt(True)  # flags may follow other arguments
     try:
