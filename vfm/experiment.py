@@ -1,6 +1,9 @@
 """What every mode of a run needs, built from its config."""
 
 import functools
+import pathlib
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -8,9 +11,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vfm import data, metrics, objectives, sharding, tokenizers
+from vfm import data, distributed, metrics, objectives, sharding, tokenizers
 from vfm import model as model_lib
 from vfm.data import pipeline
+from vfm.data.construct import plain
 from vfm.data.records import CorruptRecord
 from vfm.errors import UserError, unknown
 from vfm.evaluate import CHECKS, EVALUATORS
@@ -68,7 +72,7 @@ class Experiment:
             "train.batch_size", config.train.batch_size, config.train.accumulate, self.mesh, self.rules
         )
         sharding.check_batch("eval.batch_size", config.eval.batch_size, 1, self.mesh, self.rules)
-        self.tokenizer = tokenizers.build(config.tokenizer)
+        self.folder: pathlib.Path | None = None  # of the run, once it is known; a tokenizer is trained into it
         self.model = model_lib.build(config.model)
         self._check_vocabulary()
         self.layout = model_lib.layout(self.model, config.data.length)
@@ -98,12 +102,45 @@ class Experiment:
         for name in config.eval.evaluators:
             CHECKS[name](self)
 
+    @functools.cached_property
+    def tokenizer(self):
+        """The tokenizer of the config. One that is to be trained is trained on the texts of the training split, once
+        per run, and kept in the run's folder."""
+        cfg = self.config.tokenizer
+        if not tokenizers.untrained(cfg):
+            return tokenizers.build(cfg)
+        if self.folder is None:
+            raise UserError("config.tokenizer: a tokenizer that is trained first needs the folder of the run")
+        folder = self.folder / "tokenizer"
+        if distributed.is_main() and not folder.exists():
+            fields = {name: value for name, value in plain(cfg).items() if name not in ("name", "path")}
+            source = self.config.data.get("source")
+            if source is None:
+                raise UserError("config.tokenizer: training one needs config.data.source, with texts")
+            documents = data.build_source(source, "train")
+            texts = (documents[i]["text"] for i in range(len(documents)))
+            report = lambda line: print(f"tokenizer: {line}", file=sys.stderr, flush=True)
+            trained = tokenizers.train_bpe(texts, **fields, report=report)
+            partial = folder.with_name("tokenizer-partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            tokenizers.save(partial, trained)
+            partial.rename(folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the tokenizer is trained")
+        return tokenizers.load(folder)
+
+    @property
+    def unused_ids(self) -> tuple[int, ...]:
+        """Ids that the model has and the tokenizer has not; generation must suppress them."""
+        return tuple(range(self.tokenizer.vocab_size, self.model.decoders["text"].vocab_size))
+
     def _check_vocabulary(self):
+        cfg = self.config.tokenizer
+        size = cfg.vocab_size if tokenizers.untrained(cfg) else self.tokenizer.vocab_size
         for kind, blocks in (("encoders", self.model.encoders), ("decoders", self.model.decoders)):
-            if "text" in blocks and blocks["text"].vocab_size < self.tokenizer.vocab_size:
+            if "text" in blocks and blocks["text"].vocab_size < size:
                 raise UserError(
-                    f"model.{kind}.text.vocab_size={blocks['text'].vocab_size} is smaller than the tokenizer's "
-                    f"{self.tokenizer.vocab_size}"
+                    f"model.{kind}.text.vocab_size={blocks['text'].vocab_size} is smaller than the tokenizer's {size}"
                 )
 
     def init_state(self):

@@ -36,7 +36,7 @@ def run(config, workdir: str, devices: Sequence[jax.Device] | None = None) -> di
             raise unknown("field", field, known, "config.distributed")
     distributed.initialize(**{field: value for field, value in processes.items() if value != NOT_GIVEN.get(field)})
     experiment = Experiment(config, devices)
-    path = prepare(workdir, config, write=distributed.is_main())
+    path = experiment.folder = prepare(workdir, config, write=distributed.is_main())
     return MODES[config.mode](experiment, path)
 
 

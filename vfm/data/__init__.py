@@ -6,9 +6,10 @@ from vfm.data.construct import construct
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
+from vfm.data.sources import build_source
 from vfm.data.text import Text
 
-__all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "build", "eval_batches"]
+__all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "build", "build_source", "eval_batches"]
 
 DATASETS = {"mixture": Mixture, "pairs": Pairs, "text": Text}
 

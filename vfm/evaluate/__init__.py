@@ -14,6 +14,7 @@ class Evaluation(NamedTuple):
 
 
 from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
+from vfm.evaluate.text import check_text, text  # noqa: E402
 
-EVALUATORS = {"any_to_any": any_to_any}
-CHECKS = {"any_to_any": check_any_to_any}
+EVALUATORS = {"any_to_any": any_to_any, "text": text}
+CHECKS = {"any_to_any": check_any_to_any, "text": check_text}
