@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from vfm.data.pipeline import Pipeline, rng
 from vfm.errors import UserError
 from vfm.layers.attention import make_mask
 from vfm.layers.moe import load_balancing_loss, router_z_loss
-from vfm.objectives.next_token import apply, cross_entropy, z_loss
+from vfm.objectives.next_token import cross_entropy, z_loss
 from vfm.tokenizers.byte import ByteTokenizer
 from vfm.train import step
 from vfm.train.state import TrainState
@@ -223,86 +224,116 @@ def batch_of(labels):
 
 def test_losses_equal_torch():
     io, params = fixture("cross_entropy_variants")
-    batch, logits = batch_of(io["in/labels"]), jnp.asarray(io["in/logits"])
+    batch, smoothing, coefficient = batch_of(io["in/labels"]), params["smoothing"], params["z_coef"]
     mean = lambda pair: pair[0] / pair[1]
     ce = lambda x: mean(cross_entropy(x, batch)[0])
-    smoothed = lambda x: mean(cross_entropy(x, batch, params["smoothing"])[0])
-    z = lambda x: params["z_coef"] * mean(z_loss(x, batch["loss_mask"]))
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    close(ce(logits), io["out/ce"])
-    close(cross_entropy(logits, batch)[0][0], io["out/ce_sum"])
-    close(smoothed(logits), io["out/ce_smoothed"])
-    close(z(logits), io["out/z_loss"])
-    close(ce(logits) + z(logits), io["out/ce_plus_z"])
-    close(jax.grad(smoothed)(logits), io["out/grad_ce_smoothed"])
-    close(jax.grad(lambda x: ce(x) + z(x))(logits), io["out/grad_ce_plus_z"])
+    smoothed = lambda x: mean(cross_entropy(x, batch, smoothing)[0])
+    z = lambda x: coefficient * mean(z_loss(x, batch["loss_mask"]))
+
+    @jax.jit
+    def run(x):
+        gradients = {"ce_smoothed": smoothed, "ce_plus_z": lambda x: ce(x) + z(x)}
+        values = {"ce": ce(x), "ce_sum": cross_entropy(x, batch)[0][0], "z_loss": z(x)}
+        for name, loss in gradients.items():
+            values[name], values[f"grad_{name}"] = jax.value_and_grad(loss)(x)
+        return values
+
+    for name, value in run(jnp.asarray(io["in/logits"])).items():
+        np.testing.assert_allclose(value, io[f"out/{name}"], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_perplexity_is_that_of_the_loss():
     io, _ = fixture("perplexity")
-    (total, count), _ = cross_entropy(jnp.asarray(io["in/logits"]), batch_of(io["in/labels"]))
+    (total, count), _ = jax.jit(cross_entropy)(jnp.asarray(io["in/logits"]), batch_of(io["in/labels"]))
     np.testing.assert_allclose(total, io["out/nll"].sum(), rtol=1e-5)
     np.testing.assert_allclose(jnp.exp(total / count), io["out/perplexity"], rtol=1e-5)
     np.testing.assert_allclose(total / count / np.log(2), io["out/bits_per_token"], rtol=1e-5)
 
 
-def batch(dataset, name, rows=4, **fields):
-    return Pipeline(dataset(name, **fields), rows, seed=0, shuffle=False).batch(0)
+def batch(dataset, name, rows=4):
+    return Pipeline(dataset(name), rows, seed=0, shuffle=False).batch(0)
 
 
-@pytest.mark.parametrize("backbone, name", [("decoder_only", "next_token"), ("encoder_decoder", "denoising")])
-def test_options_of_the_loss_are_terms(dataset, backbone, name):
-    model = model_lib.build(config(backbone, num_experts=3, experts_per_token=2, gated=True))
+def stand_in(kind, logits, out):
+    """A model that gives these logits and this `out`."""
+    backbone = types.SimpleNamespace(kind=kind, num_experts=3, experts_per_token=2)
+    return types.SimpleNamespace(
+        backbone=backbone, decoders={"text": None, "label": None}, apply=lambda variables, **rest: (logits, out)
+    )
+
+
+@pytest.mark.parametrize("kind, name", [("decoder_only", "next_token"), ("encoder_decoder", "denoising")])
+def test_options_of_the_loss_are_terms(kind, name):
+    draw = np.random.default_rng(0)
+    router = lambda length: jnp.asarray(draw.normal(size=(2, B, length, 3)), jnp.float32)
+    real = lambda length: np.arange(length)[None] < draw.integers(2, length, B)[:, None]
+    B, V, S, U = 4, 11, 9, 6
+    masks = {"input_mask": real(S)}
+    stacks = {"": (router(S), masks["input_mask"])}
+    out = {"router_logits": stacks[""][0]}
+    if kind == "encoder_decoder":
+        masks["decoder_mask"] = real(U)
+        stacks = {"encoder_": stacks[""], "": (router(U), masks["decoder_mask"])}
+        out = {"router_logits": stacks[""][0], "encoder": out}
+    logits = jnp.asarray(draw.normal(size=(B, U, V)), jnp.float32)
+    targets, mask = draw.integers(0, V, (B, U)), (draw.random((B, U)) < 0.5).astype(np.float32)
+    rows = {**masks, "targets": targets, "loss_mask": mask, "decoder_tokens": targets}
     options = {"z_loss": 0.1, "label_smoothing": 0.2, "router_balance": 0.3, "router_z": 0.4}
-    rows = batch(dataset, "next_token" if name == "next_token" else "span_corruption")
-
-    @jax.jit
-    def run(params, rows):
-        args = (params, {}, rows, jax.random.key(0))
-        terms, _ = objectives.build({"name": name, **options}, model)(*args, train=False)
-        plain, _ = objectives.build({"name": name}, model)(*args, train=False)
-        return terms, plain, apply(model, *args, train=False)
-
-    terms, plain, (logits, out) = run(some_values(model), rows)
-    encoders = {"encoder_router_balance", "encoder_router_z"} if backbone == "encoder_decoder" else set()
-    assert set(plain) == {"text"} and set(terms) == {"text", "z_loss", "router_balance", "router_z"} | encoders
+    loss = lambda **options: objectives.build({"name": name, **options}, stand_in(kind, logits, {"backbone": out}))(
+        {}, {}, rows, jax.random.key(0), train=True)[0]  # fmt: skip
+    terms, plain = jax.jit(lambda: (loss(**options), loss()))()
+    assert set(plain) == {"text"}
+    assert set(terms) == {"text", "z_loss"} | {f"{s}{name}" for s in stacks for name in ("router_balance", "router_z")}
     value = {name: float(total / count) for name, (_, total, count) in terms.items()}
     weight = {name: float(w) for name, (w, _, _) in terms.items()}
     assert weight == pytest.approx({"text": 1} | {n: options[n.removeprefix("encoder_")] for n in terms if n != "text"})
-    mask = rows["loss_mask"]
     log_p = np.asarray(jax.nn.log_softmax(logits))
-    nll = -np.take_along_axis(log_p, rows["targets"][..., None], axis=-1)[..., 0]
-    assert plain["text"][1] == pytest.approx((nll * mask).sum(), rel=1e-4)
+    nll = -np.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    assert plain["text"][1] == pytest.approx((nll * mask).sum(), rel=1e-4) and plain["text"][2] == mask.sum()
     assert value["text"] == pytest.approx(((0.8 * nll - 0.2 * log_p.mean(-1)) * mask).sum() / mask.sum(), rel=1e-4)
-    lse = np.asarray(jax.nn.logsumexp(logits, axis=-1))
+    lse = np.log(np.exp(np.asarray(logits)).sum(axis=-1))
     assert value["z_loss"] == pytest.approx((lse**2 * mask).sum() / mask.sum(), rel=1e-4)
-    routers = {"": (out["backbone"], "input_mask")}
-    if encoders:
-        routers = {"": (out["backbone"], "decoder_mask"), "encoder_": (out["backbone"]["encoder"], "input_mask")}
-    for prefix, (stack, field) in routers.items():
-        router, real = stack["router_logits"], jnp.asarray(rows[field])
-        assert value[f"{prefix}router_balance"] == pytest.approx(float(load_balancing_loss(router, 2, real)), rel=1e-4)
-        assert value[f"{prefix}router_z"] == pytest.approx(float(router_z_loss(router, real)), rel=1e-4)
-        assert not real.all()  # padding does not count
+    for prefix, (found, real) in stacks.items():
+        balance, z = jax.jit(lambda x, mask: (load_balancing_loss(x, 2, mask), router_z_loss(x, mask)))(found, real)
+        assert value[f"{prefix}router_balance"] == pytest.approx(float(balance), rel=1e-4)
+        assert value[f"{prefix}router_z"] == pytest.approx(float(z), rel=1e-4)
+        assert terms[f"{prefix}router_z"][2] == real.sum()
 
 
-def test_rows_without_a_label_do_not_count(dataset):
-    model, params, _ = built("encoder_only")
-    rows = batch(dataset, "sentence_pairs")
-    rows |= {"label": np.array([1, -1, 0, 1], np.int32), "example_mask": np.array([1, 1, 1, 0], np.float32)}
-    loss_fn = objectives.build({"name": "masked", "label": 0.5}, model)
-    terms, aux = jax.jit(lambda rows: loss_fn(params, {}, rows, jax.random.key(0), train=False))(rows)
-    alone, _ = jax.jit(lambda rows: objectives.build({"name": "classification"}, model)(
-        params, {}, rows, jax.random.key(0), train=False))(rows)  # fmt: skip
-    _, out = apply(model, params, {}, rows, jax.random.key(0), train=False)
-    log_p = np.asarray(jax.nn.log_softmax(out["label"]["logits"]))
-    assert terms["label"][0] == 0.5 and alone["label"][0] == 1
-    for _, total, count in (terms["label"], alone["label"]):
-        assert count == 2 and total == pytest.approx(-log_p[0, 1] - log_p[2, 0], rel=1e-4)
-    assert aux.metrics["label_accuracy"][1] == 2
-    # Whoever does not want the labels leaves them.
-    loss_fn = objectives.build({"name": "masked", "label": 0.0}, model)
-    assert set(jax.eval_shape(lambda: loss_fn(params, {}, rows, jax.random.key(0), train=False))[0]) == {"text"}
+@pytest.mark.parametrize(
+    "backbone, name, corruption",
+    [("decoder_only", "next_token", "next_token"), ("encoder_decoder", "denoising", "span_corruption")],
+)
+def test_mixtures_of_experts_give_the_terms_of_their_routers(dataset, backbone, name, corruption):
+    model = model_lib.build(config(backbone, num_experts=3, gated=True))
+    loss_fn = objectives.build({"name": name, "router_balance": 0.1}, model)
+    params = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0), T))["params"]
+    rows = batch(dataset, corruption)
+    terms, _ = jax.eval_shape(lambda params: loss_fn(params, {}, rows, jax.random.key(0), train=True), params)
+    encoder = {"encoder_router_balance"} if backbone == "encoder_decoder" else set()
+    assert set(terms) == {"text", "router_balance"} | encoder
+
+
+def test_rows_without_a_label_do_not_count():
+    draw = np.random.default_rng(0)
+    logits, classes = draw.normal(size=(4, 5, 11)).astype(np.float32), draw.normal(size=(4, 3)).astype(np.float32)
+    model = stand_in("encoder_only", jnp.asarray(logits), {"label": {"logits": jnp.asarray(classes)}})
+    rows = {
+        "targets": draw.integers(0, 11, (4, 5)),
+        "loss_mask": np.ones((4, 5), np.float32),
+        "label": np.array([2, -1, 0, 1], np.int32),
+        "example_mask": np.array([1, 1, 1, 0], np.float32),
+    }
+    run = lambda **cfg: jax.jit(lambda: objectives.build(cfg, model)({}, {}, rows, jax.random.key(0), train=False))()
+    log_p = np.asarray(jax.nn.log_softmax(classes))
+    for cfg, weight in (({"name": "masked", "label": 0.5}, 0.5), ({"name": "classification"}, 1.0)):
+        terms, aux = run(**cfg)
+        assert terms["label"][0] == weight and terms["label"][2] == aux.metrics["label_accuracy"][1] == 2
+        assert terms["label"][1] == pytest.approx(-log_p[0, 2] - log_p[2, 0], rel=1e-4)
+    assert set(run(name="masked", label=0.0)[0]) == {"text"}  # whoever does not want the labels leaves them
+    smoothed, _ = run(name="classification", label_smoothing=0.1)
+    expected = 0.9 * (-log_p[0, 2] - log_p[2, 0]) - 0.1 * (log_p[0].mean() + log_p[2].mean())
+    assert smoothed["label"][1] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +356,8 @@ def test_what_does_not_fit_is_told(dataset, backbone, objective, corruption, wor
     with pytest.raises(UserError, match=words):
         loss_fn = objectives.build(objective if isinstance(objective, dict) else {"name": objective}, model)
         rows = batch(dataset, corruption)
-        jax.eval_shape(lambda: loss_fn(some_values(model), {}, rows, jax.random.key(0), train=True))
+        params = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0), T))["params"]
+        jax.eval_shape(lambda params: loss_fn(params, {}, rows, jax.random.key(0), train=True), params)
 
 
 # ------------------------------------------------------------------------------------ learning
@@ -343,9 +375,12 @@ def test_what_does_not_fit_is_told(dataset, backbone, objective, corruption, wor
 )
 def test_one_batch_can_be_learnt_by_heart(dataset, corruption, objective):
     """The rest: tests/objectives/test_training.py."""
-    model = model_lib.build(config(USES[corruption][0], label=corruption == "sentence_pairs"))
+    c = config(USES[corruption][0], label=corruption == "sentence_pairs")
+    if objective == "classification":
+        del c["decoders"]["text"]
+    model = model_lib.build(c)
     loss_fn = objectives.build({"name": objective}, model)
-    steps, rows = 120, batch(dataset, corruption)
+    steps, rows = 80, batch(dataset, corruption)
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 2e-2, 10, steps))
     params = some_values(model, 0.2)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), variables={}, ema={},

@@ -42,7 +42,11 @@ class Vocabulary:
     """What the bytes of a tokenizer's ids say: which ids are text, where words and sentences begin."""
 
     def __init__(self, tokenizer):
-        self.pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+        ids = range(tokenizer.vocab_size)
+        # Behind another token, for some tokenizers leave out the space in front of a text.
+        before = next(i for i in ids if tokenizer.decode_bytes([i]))
+        skip = len(tokenizer.decode_bytes([before]))
+        self.pieces = [tokenizer.decode_bytes([before, i])[skip:] for i in ids]
         self.sizes = np.array([len(piece) for piece in self.pieces])
         self.text = self.sizes > 0  # special tokens decode to nothing
         self.text_ids = np.flatnonzero(self.text)
