@@ -53,7 +53,7 @@ class Text:
         self.corruption, self.keys = kind, kind.keys
         if packing and packing not in kind.packing:
             raise unknown("packing method", packing, kind.packing, f"dataset 'text' with corruption {kind.name!r}")
-        self.documents(source, split, skip_corrupt)
+        self._read(source, split, skip_corrupt)
         most = length if kind.framed else capacity(kind.room, length, kind.least, kind.name)
         self.plan = plan(
             np.diff(self.starts), length, packing or kind.packing[0], most=most, least=kind.least, room=kind.room
@@ -65,7 +65,7 @@ class Text:
                 f"or more; the {split} split has {found}"
             )
 
-    def documents(self, source: Mapping, split: str, skip_corrupt: bool) -> None:
+    def _read(self, source: Mapping, split: str, skip_corrupt: bool) -> None:
         """Reads and tokenises all documents: `ids`, and the `starts` of each in them."""
         documents, tokenizer = build_source(source, split), self.tokenizer
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
