@@ -116,6 +116,9 @@ def make_plan(model, batch, max_new, eos_id, pad_id, start_id, **sampling) -> Pl
     else:
         length = batch["input_mask"].shape[1]
     check_length(model, length, max_new)
+    rows = model.backbone.num_block_positions if "block_positions" in batch else None
+    if rows is not None and max_new >= rows:
+        raise UserError(f"{max_new} new tokens do not fit in a blank of model.backbone.num_block_positions={rows}")
     eos = tuple(map(int, eos_id)) if isinstance(eos_id, Sequence) else (int(eos_id),)
     pad = pad_id if pad_id is not None else eos[0] if eos else 0
     return Plan(max_new, eos, int(pad), None if start_id is None else int(start_id), sampling)
@@ -336,7 +339,7 @@ def _fill(model, steps, variables, inputs, mask_id):
         logits = model.apply(variables, **{**inputs, "tokens": jnp.where(masked, mask_id, tokens)}, train=False)[
             0
         ].astype(jnp.float32)
-        logp = jax.nn.log_softmax(logits.at[:, :, mask_id].set(-jnp.inf), axis=-1)
+        logp = jax.nn.log_softmax(logits, axis=-1).at[:, :, mask_id].set(-jnp.inf)
         tokens = jnp.where(masked, jnp.argmax(logp, axis=-1).astype(jnp.int32), tokens)
         return tokens, jnp.where(masked, logp.max(axis=-1), certainty)
 
