@@ -1,5 +1,6 @@
 """The data card of a prepared corpus: where it comes from, what each step did, what it holds."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -11,7 +12,6 @@ import numpy as np
 
 from vfm.data.prepare import clean
 from vfm.data.prepare.collect import Collected
-from vfm.data.prepare.options import as_dict
 
 
 def build(
@@ -55,7 +55,7 @@ def build(
         "steps": _steps(data, limit),
         "splits": splits,
         "leak_check": report,
-        "options": as_dict(options),
+        "options": dataclasses.asdict(options),
         "versions": _versions(options.chinese != "characters", options.label_noise != "off"),
     }
 

@@ -1,7 +1,6 @@
 """The options of data preparation: one dataclass is the schema of the library and of the command line."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from vfm.data.prepare import clean, normalise, segment
@@ -79,40 +78,35 @@ class Options:
         if self.max_bits_per_char < 0 or (self.max_bits_per_char and not self.perplexity_sample):
             raise UserError("max_bits_per_char is a positive number of bits, and needs the option `perplexity_sample`")
         clean.parse(self.clean)
+        for script in names(self.scripts):
+            if script not in segment.known_scripts():
+                raise unknown("script", script, segment.known_scripts(), where="the option `scripts`")
         self.fractions()
 
     def fractions(self) -> dict[str, float]:
         """{split: share} of the option `split`."""
         if self.split in ("", "none"):
             return {"data": 1.0}
-        return dict(_pair(part, "split", "split=train=0.9,test=0.1", _share) for part in self.split.split(","))
+        shares: dict[str, float] = {}
+        for part in names(self.split):
+            name, _, share = map(str.strip, part.partition("="))
+            try:
+                if not name or any(char in name for char in "/\\.") or not float(share) > 0:
+                    raise ValueError
+            except ValueError:
+                raise UserError(
+                    f"the option `split`: {part!r} is not NAME=SHARE, such as split=train=0.9,test=0.1"
+                ) from None
+            if name in shares:
+                raise UserError(f"the option `split`: {name!r} is given twice")
+            shares[name] = float(share)
+        return shares
 
     def threshold(self) -> float:
         """The similarity from which on two texts count as near-duplicates in the leak check."""
         return self.leak_threshold or self.near_dedup or 0.8
 
 
-def _share(text: str) -> float:
-    if not (share := float(text)) > 0:
-        raise ValueError
-    return share
-
-
-def _pair(text: str, option: str, example: str, kind) -> tuple[str, Any]:
-    name, _, value = map(str.strip, text.partition("="))
-    try:
-        if not name or any(char in name for char in "/\\."):
-            raise ValueError
-        return name, kind(value)
-    except ValueError:
-        raise UserError(f"the option `{option}`: {text!r} is not NAME=SHARE, such as {example}") from None
-
-
 def names(fields: str) -> tuple[str, ...]:
     """The names in a list with commas."""
     return tuple(filter(None, map(str.strip, fields.split(","))))
-
-
-def as_dict(options: Options) -> Mapping[str, Any]:
-    """All fields, as they go into the data card."""
-    return dataclasses.asdict(options)

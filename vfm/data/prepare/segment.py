@@ -40,6 +40,12 @@ def script_of(char: str) -> str:
     return "Common" if script in _COMMON else _NAMES.get(script, script)
 
 
+@functools.cache
+def known_scripts() -> tuple[str, ...]:
+    """The names that `script_of` gives to letters."""
+    return tuple(sorted({script_of(chr(point)) for point in range(0x1F000)} - {"Common"}))
+
+
 def scripts(text: str) -> dict[str, float]:
     """Shares of the scripts among the letters of `text`, the largest first; empty if it has no letter."""
     counts: Counter[str] = Counter()
