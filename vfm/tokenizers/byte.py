@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import re
 from collections.abc import Iterable
 
 from vfm.errors import UserError, unknown
@@ -52,8 +53,15 @@ class ByteTokenizer:
         except ValueError:
             raise unknown("special token", name, self.special, where="tokenizer field `special`") from None
 
-    def encode(self, text: str | bytes) -> list[int]:
-        """Ids of the text's UTF-8 bytes (or of the bytes themselves), without <bos> and <eos>."""
+    def encode(self, text: str | bytes, *, allow_special: bool = False) -> list[int]:
+        """Ids of the text's UTF-8 bytes (or of the bytes themselves), without <bos> and <eos>.
+
+        allow_special: names of special tokens in the text mean these tokens.
+        """
+        if allow_special:
+            names = sorted(self.special, key=len, reverse=True)
+            parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+            return [i for part in parts for i in ([self.token_id(part)] if part in names else self.encode(part))]
         data = text.encode("utf-8") if isinstance(text, str) else bytes(text)
         offset = len(self.special)
         return [offset + byte for byte in data]

@@ -7,6 +7,7 @@ Source: Kudo & Richardson 2018 (arXiv:1808.06226), section 3.2. The map is a 32-
 import functools
 import re
 import struct
+from collections.abc import Iterator
 
 from vfm.errors import UserError
 from vfm.tokenizers import unicode16
@@ -77,9 +78,9 @@ class Charsmap:
         parts += [f"[{marked}](?=[^\\x00-\\x7f])"] if marked else []
         self._start = re.compile("|".join(parts) or r"(?!)")
 
-    def pieces(self, text: str) -> list[tuple[int, str]]:
-        """(characters read, text written) in order."""
-        found, at = [], 0
+    def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """(start, end, replacement) of all that is replaced, in order."""
+        at = 0
         for match in self._start.finditer(text):
             start = match.start()
             if start < at:
@@ -87,16 +88,27 @@ class Charsmap:
             for length in self.lengths[text[start]]:
                 value = self.rules.get(text[start : start + length])
                 if value is not None and start + length <= len(text):
-                    found += [(1, char) for char in text[at:start]]
-                    found.append((length, value))
                     at = start + length
+                    yield start, at, value
                     break
+
+    def pieces(self, text: str) -> list[tuple[int, str]]:
+        """(characters read, text written) in order."""
+        found, at = [], 0
+        for start, end, value in self._found(text):
+            found += [(1, char) for char in text[at:start]]
+            found.append((end - start, value))
+            at = end
         return found + [(1, char) for char in text[at:]]
 
     def __call__(self, text: str) -> str:
         if text.isascii():
             return text.translate(self.single)
-        return "".join(out for _, out in self.pieces(text))
+        found, at = [], 0
+        for start, end, value in self._found(text):
+            found += [text[at:start], value]
+            at = end
+        return "".join(found) + text[at:]
 
 
 class ClusterCharsmap(Charsmap):

@@ -16,6 +16,7 @@ from vfm.tokenizers.decoders import BY_BYTE, Decoder
 from vfm.tokenizers.normalizers import SPACE, Edit
 from vfm.tokenizers.unigram import Unigram
 
+_SPACES = re.compile("  +")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNIGRAM_TYPE, BPE_TYPE = 1, 2
 _MODEL_TYPES = {UNIGRAM_TYPE: "unigram", BPE_TYPE: "bpe", 3: "word", 4: "char"}
@@ -89,7 +90,8 @@ def parse(data: bytes, where: str) -> Model:
             elif number == 2:
                 for field, setting in _fields(value):
                     if field in trainer:
-                        setattr(model, trainer[field], _signed(setting))
+                        kind = type(getattr(model, trainer[field]))
+                        setattr(model, trainer[field], kind(_signed(setting)))
                     elif field == 44:
                         model.unk_surface = setting.decode("utf-8")
             elif number == 3:
@@ -160,11 +162,13 @@ class Normalize:
         return [(read, out.replace(" ", space)) for read, out in found]
 
     def __call__(self, text: str) -> str:
-        if self.kept or not text.isascii():
-            return "".join(out for _, out in self.pieces(text))
-        text = self.charsmap(text)
+        found, at = [], 0
+        for match in self.kept.finditer(text) if self.kept else ():
+            found += [self.charsmap(text[at : match.start()]), match[0]]
+            at = match.end()
+        text = "".join(found) + self.charsmap(text[at:] if at else text)
         if self.model.remove_extra_spaces:
-            text = re.sub("  +", " ", text.strip(" "))
+            text = _SPACES.sub(" ", text.strip(" "))
         if text and self.model.dummy_prefix:
             text = f"{text} " if self.model.suffix_space else f" {text}"
         return text.replace(" ", SPACE) if self.model.escape_spaces else text

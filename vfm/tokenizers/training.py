@@ -194,7 +194,10 @@ def train(
             names.append(token)
         return ids[token]
 
-    words = [[first[byte] for byte in word.encode("utf-8", "surrogateescape")] for word in counts]
+    try:
+        words = [[first[byte] for byte in word.encode("utf-8", "surrogateescape")] for word in counts]
+    except UnicodeEncodeError as error:
+        raise UserError(f"a text is not Unicode: {error.object!r} has half of a surrogate pair") from None
     merges = learn(words, list(counts.values()), vocab_size, join, min_frequency, report)
     if len(names) < vocab_size:
         log.warning("tokenizer: the texts allow a vocabulary of %d, not %d", len(names), vocab_size)

@@ -43,7 +43,7 @@ class Unigram:
         self.pieces, self.unk_id, self.byte_fallback, self.single = list(pieces), unk_id, byte_fallback, single
         self.vocab = {token: i for i, (token, _) in enumerate(pieces)}
         usable = [score for i, (_, score) in enumerate(pieces) if i not in never and i not in always]
-        self._unknown = min(usable, default=0.0) - PENALTY
+        self._unknown = array.array("f" if single else "d", [min(usable, default=0.0) - PENALTY])[0]
         best = max(usable, default=0.0)
         self._scores: dict[str, tuple[float, int] | None] = {}
         for i, (token, score) in enumerate(pieces):
