@@ -286,7 +286,7 @@ DATA = [
     Row(
         "request_too_long",
         "--config.mode=generate --config.generate.text=1234567890 --config.generate.max_new=30",
-        ("16 positions + 30 new tokens", "model.backbone.max_len=32"),
+        ("11 positions + 30 new tokens", "model.backbone.max_len=32"),
         make=on_disk.in_trained(),
     ),
     Row(

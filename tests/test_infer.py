@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from vfm import infer
+from vfm.errors import UserError
+from vfm.experiment import Experiment
 from vfm.run import run
 
 RUN = {"train.steps": 3, "train.batch_size": 8, "eval.batch_size": 8, "model.backbone.max_len": 24}
@@ -58,3 +61,87 @@ def test_a_file_gives_an_item_and_depends_on_it(trained):
     low, high = image(0.5 * np.sin(time / 8)), image(0.5 * np.sin(time / 2))
     assert low.shape == (8, 8, 1) and np.isfinite(low).all()
     assert np.abs(low - high).max() > 1e-4
+
+
+def request(backbone=None, objective="next_token", corruption=None):
+    """An untrained model of text alone: ask(folder, **fields of config.generate) -> records."""
+    c = tiny.get_config("text")
+    c.tokenizer.special = (*tiny.SPECIAL, "<mask>", "<extra_id_0>")
+    c.model.backbone.update(dropout=0.0, max_len=24)
+    if backbone:
+        c.model.backbone = {"name": backbone, "width": tiny.WIDTH, "num_heads": 2, "mlp_dim": 16, "max_len": 24}
+        c.objective, c.data.corruption = {"name": objective}, {"name": corruption}
+    experiment = Experiment(c, jax.devices()[:1])
+    state = experiment.init_state()
+    defaults = c.generate.to_dict()
+
+    def ask(folder, **fields):
+        c.generate = {**defaults, "max_new": 6, **fields}
+        infer.answer(experiment, {"params": state.params, "variables": state.variables}, folder)
+        return [json.loads(line) for line in (folder / "generated.jsonl").read_text().splitlines()]
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def text():
+    with tiny.quick_compilation():
+        yield request()
+
+
+def test_an_answer_is_printed_as_it_comes_and_is_the_same(text, tmp_path, capsys):
+    for fields in ({}, {"temperature": 3.0, "top_p": 0.9, "stop": ("a",)}):
+        whole = text(tmp_path, text="ab", **fields)
+        printed = capsys.readouterr().out
+        assert text(tmp_path, text="ab", stream=True, **fields) == whole
+        assert capsys.readouterr().out == printed and whole[0]["answer"] + "\n" in printed
+
+
+def test_stop_strings_are_left_out(text, tmp_path):
+    asked = {"text": "x", "temperature": 2.0, "max_new": 9, "samples": 8}
+    free = [record["answer"] for record in text(tmp_path, **asked)]
+    stop = next(answer[2:4] for answer in free if len(answer) > 5 and "\ufffd" not in answer[:5])
+    found = [record["answer"] for record in text(tmp_path, **asked, stop=(stop, "never"))]
+    assert found == [answer.split(stop)[0] for answer in free] != free
+
+
+def test_beam_search_gives_answers_with_scores(text, tmp_path):
+    records = text(tmp_path, text="ab", beams=4, samples=3, early_stopping="true")
+    assert [record["score"] for record in records] == sorted((r["score"] for r in records), reverse=True)
+    assert len({record["answer"] for record in records}) == 3
+
+
+def test_an_encoder_fills_the_masks_of_a_text(tmp_path):
+    with tiny.quick_compilation():
+        ask = request("encoder_only", "masked", "masked")
+        (record,) = ask(tmp_path, text="ab<mask><mask>cd")
+        answer = record["answer"]
+        assert answer.startswith("ab") and answer.endswith("cd") and len(answer) > 4
+        with pytest.raises(UserError, match="has no <mask> to be filled"):
+            ask(tmp_path, text="abcd")
+
+
+def test_an_encoder_decoder_answers(tmp_path):
+    with tiny.quick_compilation():
+        ask = request("encoder_decoder", "denoising", "span_corruption")
+        (one,), (other,) = ask(tmp_path, text="ab<extra_id_0>"), ask(tmp_path, text="xyz")
+        assert one["answer"] != other["answer"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"top_p": 0.0, "temperature": 1.0}, "config.generate.top_p=0.0 must be a share"),
+        ({"top_k": 5}, "config.generate.top_k=5 needs a temperature > 0"),
+        ({"beams": 2, "temperature": 1.0}, "config.generate.beams=2 searches for the best answer"),
+        ({"beams": 2, "samples": 3}, "config.generate.samples=3 is more than config.generate.beams=2"),
+        ({"stream": True, "samples": 2}, "config.generate.stream prints one answer"),
+        ({"stop": ("a", "")}, "config.generate.stop=.* must hold strings that are not empty"),
+        ({"early_stopping": "flase"}, "'flase' in config.generate.early_stopping; did you mean 'false'"),
+        ({"length_penalty": float("nan")}, "config.generate.length_penalty=nan must be a finite number"),
+        ({"steps": 0}, "config.generate.steps=0 must be 1 or more"),
+    ],
+)  # fmt: skip
+def test_fields_out_of_range_are_told(text, tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        text(tmp_path, text="ab", **fields)

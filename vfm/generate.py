@@ -313,19 +313,21 @@ def _next(model, plan, variables, stop, keys, state):
 # --------------------------------------------------------------------------------------- encoder-only
 
 
-def fill(model, variables, batch, *, mask_id: int, steps: int = 10) -> jax.Array:
+def fill(model, variables, batch, *, mask_id: int, steps: int = 10, suppress: Sequence[int] = ()) -> jax.Array:
     """Fills the positions of `batch["tokens"]` that hold `mask_id`: -> int32[B, T]; all others stay.
+
+    suppress: ids, besides `mask_id`, that are never chosen.
 
     Mask-predict (Ghazvininejad et al. 2019, arXiv:1904.09324): all masked positions are predicted at once, then in
     each of `steps` rounds the least certain ones, fewer each time, are masked and predicted again.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise UserError(f"fill: steps={steps!r} must be a whole number >= 1")
-    return _fill(model, steps, variables, inputs_of(batch), mask_id)
+    return _fill(model, steps, variables, inputs_of(batch), mask_id, jnp.asarray([mask_id, *suppress], jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fill(model, steps, variables, inputs, mask_id):
+def _fill(model, steps, variables, inputs, mask_id, forbidden):
     given, real = inputs["tokens"], inputs.get("input_mask")
     free = (given == mask_id) if real is None else (given == mask_id) & real
     count = free.sum(axis=1, keepdims=True)
@@ -339,7 +341,7 @@ def _fill(model, steps, variables, inputs, mask_id):
         logits = model.apply(variables, **{**inputs, "tokens": jnp.where(masked, mask_id, tokens)}, train=False)[
             0
         ].astype(jnp.float32)
-        logp = jax.nn.log_softmax(logits, axis=-1).at[:, :, mask_id].set(-jnp.inf)
+        logp = jax.nn.log_softmax(logits, axis=-1).at[:, :, forbidden].set(-jnp.inf)
         tokens = jnp.where(masked, jnp.argmax(logp, axis=-1).astype(jnp.int32), tokens)
         return tokens, jnp.where(masked, logp.max(axis=-1), certainty)
 

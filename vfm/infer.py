@@ -1,34 +1,48 @@
 """`config.mode=generate`: input processing -> model -> output processing -> presentation."""
 
+import dataclasses
 import json
+import math
 import pathlib
 
 import jax
 import numpy as np
 
 from vfm import distributed, report
+from vfm.beam import beam_search
 from vfm.data.audio import read_audio
 from vfm.data.image import read_image
 from vfm.data.interleave import Input, Output, Text, interleave
 from vfm.data.pairs import Task
 from vfm.errors import UserError, unknown
-from vfm.generate import generate
+from vfm.generate import bucket, check_length, fill, generate, stream
+from vfm.sampling import Sampling
+from vfm.stopping import TextStream, cut, stop_strings
+
+# Fields of `config.generate` that are those of `Sampling`.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "min_new")
+EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
 
 
 def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
     """Answers one request, `config.generate`; writes generated.jsonl and generated.html to the folder.
 
       task         "image+text->text", "text->image", …: what is given and what is wanted; empty: continue the text
-      text         the text input
+      text         the text input; names of special tokens in it are these tokens for an encoder (masks, sentinels)
       files        inputs of other modalities, "image=four.png,audio=tone.wav" (.npy, .png, .jpg, .wav)
-      max_new      most new tokens; temperature: 0 is greedy; samples: how many answers
+      max_new      most new tokens, min_new: fewest; stop: strings that end an answer, and are left out of it
+      samples      how many answers
+      stream       print the answer as it comes
+      temperature  0: the best token, else a draw after the filters top_k, top_p, min_p
+      repetition_penalty, no_repeat_ngram_size: see `Sampling`
+      beams        more than 1: beam search; length_penalty, early_stopping (false, true, never): see `beam_search`
+      mask, steps  of an encoder-only backbone, which fills the masks of the text: see `fill`
 
-    Raises `UserError` for files that are missing, cannot be read, or do not fit the modality.
+    Raises `UserError` for fields out of range, and for files that are missing, cannot be read, or do not fit the
+    modality.
     """
-    cfg, model, tokenizer = experiment.config.generate, experiment.model, experiment.tokenizer
-    for field, lowest in (("max_new", 1), ("samples", 1), ("temperature", 0)):
-        if not cfg[field] >= lowest:
-            raise UserError(f"config.generate.{field}={cfg[field]} must be {lowest} or more")
+    cfg = experiment.config.generate
+    _check(experiment, cfg)
     inputs, output = Task.split(cfg.task) if cfg.task else (("text",), "text")
     files = _files(cfg.files)
     for name in {*inputs, output} - {"text"}:
@@ -38,59 +52,31 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
             raise UserError(f"config.generate.files gives {name!r}, which is no input of the task {cfg.task!r}")
     if missing := set(inputs) - {"text"} - set(files):
         raise UserError(f"config.generate.files: the task {cfg.task!r} needs {', '.join(sorted(missing))}=FILE")
-    segments = [Text([tokenizer.bos_id])]
-    for name in inputs:
-        item = None if name == "text" else _read(experiment, name, files[name])
-        if item is not None and not np.isfinite(item).all():
-            raise UserError(f"config.generate.files: {name}={files[name]} holds numbers that are not finite")
-        segments.append(Text(cfg.text) if name == "text" else Input(name, item))
-    if cfg.task:
-        segments.append(Text([tokenizer.token_id(f"<{output}>")]))
-    if output != "text":
-        segments.append(Output(output))
-    row = interleave(segments, experiment.layout, tokenizer)
-    size = cfg.samples if output == "text" else 1
-    # The mesh divides the batch; rows are alike until sampling parts them.
-    full = -(-size // experiment.config.eval.batch_size) * experiment.config.eval.batch_size
+    row = _row(experiment, inputs, output, files)
+    count = cfg.samples if output == "text" else 1
+    shards = math.prod(experiment.mesh.shape[axis] for axis in experiment.rules["batch"])
+    full = -(-count // shards) * shards  # the mesh divides the batch; rows are alike until sampling parts them
     host = {**jax.tree.map(lambda x: np.stack([x] * full), row), "example_mask": np.ones((full,), np.float32)}
     batch, variables = experiment.put(host), {"params": weights["params"], **weights["variables"]}
     page = report.Report(experiment.config.title or "vfm")
     cells = [("text", cfg.text)] if "text" in inputs else []
     cells += [_cell(experiment, name, host["inputs"][name][0, 0]) for name in files]
+    request = {"task": cfg.task, "text": cfg.text, "files": files}
     records, rows = [], []
     if output == "text":
         with experiment.use_mesh():
-            tokens = experiment.fetch(
-                generate(
-                    model,
-                    variables,
-                    batch,
-                    max_new=cfg.max_new,
-                    eos_id=tokenizer.eos_id,
-                    temperature=cfg.temperature,
-                    rng=jax.random.key(experiment.config.seed),
-                )
-            )
-        for ids in tokens[:size].tolist():
-            text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
-            records.append({"task": cfg.task, "text": cfg.text, "files": files, "answer": text})
+            found = _texts(experiment, variables, batch)
+        for text, more in found:
+            records.append({**request, "answer": text, **more})
             rows.append([*cells, ("text", text)])
-            if distributed.is_main():
-                print(text)
     else:
         found = experiment.forward(variables, batch)[output]
         key = "decoded" if "decoded" in found else "predicted"
         item = experiment.fetch(found[key])[0, 0]
         file = path / f"generated_{output}.npy"
-        records.append({"task": cfg.task, "text": cfg.text, "files": files, "answer": file.name, "is": key})
-        rows.append(
-            [
-                *cells,
-                _cell(experiment, output, item)
-                if key == "decoded"
-                else ("text", f"features of {output}, {item.shape}, in {file.name}"),
-            ]
-        )
+        records.append({**request, "answer": file.name, "is": key})
+        shown = ("text", f"features of {output}, {item.shape}, in {file.name}")
+        rows.append([*cells, _cell(experiment, output, item) if key == "decoded" else shown])
         if distributed.is_main():
             np.save(file, item)
             print(f"wrote {file}")
@@ -100,6 +86,121 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
         page.write(path, "generated.html")
         print(f"wrote {path / 'generated.html'}")
     return {}
+
+
+def _check(experiment, cfg) -> None:
+    """Refuses fields out of range, and those that do not go together."""
+    for field, lowest in (("max_new", 1), ("samples", 1), ("beams", 1), ("steps", 1)):
+        if not cfg[field] >= lowest:
+            raise UserError(f"config.generate.{field}={cfg[field]} must be {lowest} or more")
+    try:
+        Sampling(**{name: cfg[name] for name in SAMPLING})
+    except UserError as error:
+        raise UserError(f"config.generate.{error}") from None
+    if not math.isfinite(cfg.length_penalty):
+        raise UserError(f"config.generate.length_penalty={cfg.length_penalty} must be a finite number")
+    if cfg.early_stopping not in EARLY_STOPPING:
+        raise unknown("value", cfg.early_stopping, EARLY_STOPPING, "config.generate.early_stopping")
+    for text in cfg.stop:
+        if not isinstance(text, str) or not text:
+            raise UserError(f"config.generate.stop={cfg.stop!r} must hold strings that are not empty")
+    if cfg.beams > 1 and cfg.temperature:
+        raise UserError(
+            f"config.generate.beams={cfg.beams} searches for the best answer: set temperature to 0, or beams to 1"
+        )
+    if 1 < cfg.beams < cfg.samples:
+        raise UserError(f"config.generate.samples={cfg.samples} is more than config.generate.beams={cfg.beams}")
+    if cfg.stream and (cfg.samples > 1 or cfg.beams > 1 or experiment.model.backbone.kind == "encoder_only"):
+        raise UserError(
+            "config.generate.stream prints one answer as it comes: set samples and beams to 1 (an encoder-only "
+            "backbone has no such order)"
+        )
+
+
+def _row(experiment, inputs, output, files) -> dict:
+    """The prompt as one row of a batch, padded to one of few lengths."""
+    cfg, model, tokenizer = experiment.config.generate, experiment.model, experiment.tokenizer
+    kind, max_len = model.backbone.kind, model.backbone.max_len
+    before, after = _frame(experiment)
+    segments = [Text(before)]
+    for name in inputs:
+        item = None if name == "text" else _read(experiment, name, files[name])
+        if item is not None and not np.isfinite(item).all():
+            raise UserError(f"config.generate.files: {name}={files[name]} holds numbers that are not finite")
+        text = tokenizer.encode(cfg.text, allow_special=True) if kind != "decoder_only" else cfg.text
+        segments.append(Text(text) if name == "text" else Input(name, item))
+    if cfg.task:
+        segments.append(Text([tokenizer.token_id(f"<{output}>")]))
+    segments.append(Text(after) if output == "text" else Output(output))
+    row = interleave(segments, dataclasses.replace(experiment.layout, length=max_len), tokenizer)
+    length, most = int(row["input_mask"].sum()), max_len
+    if output == "text" and kind == "decoder_only":
+        check_length(model, length, cfg.max_new)
+        most -= cfg.max_new
+    if kind == "encoder_only" and tokenizer.token_id(cfg.mask) not in row["tokens"]:
+        raise UserError(f"config.generate.text={cfg.text!r} has no {cfg.mask} to be filled")
+    size = bucket(length, most)
+    return {name: x if isinstance(x, dict) else x[:size] for name, x in row.items()}
+
+
+def _frame(experiment) -> tuple[list[int], list[int]]:
+    """The ids before and behind a prompt, as in training."""
+    kind, tokenizer = experiment.model.backbone.kind, experiment.tokenizer
+    if kind == "decoder_only":
+        return [tokenizer.bos_id], []
+    return ([] if kind == "encoder_decoder" and not _is_bart(experiment) else [tokenizer.bos_id]), [tokenizer.eos_id]
+
+
+def _is_bart(experiment) -> bool:
+    return experiment.config.data.get("corruption", {}).get("name") == "text_infilling"
+
+
+def _texts(experiment, variables, batch) -> list[tuple[str, dict]]:
+    """(answer, what else is known of it) for `config.generate.samples` answers; prints them."""
+    cfg, model, tokenizer = experiment.config.generate, experiment.model, experiment.tokenizer
+    say = print if distributed.is_main() else lambda *_, **__: None
+    if model.backbone.kind == "encoder_only":
+        mask_id = tokenizer.token_id(cfg.mask)
+        never = [*experiment.unused_ids, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id]
+        tokens = experiment.fetch(fill(model, variables, batch, mask_id=mask_id, steps=cfg.steps, suppress=never))
+        text = tokenizer.decode(tokens[0][experiment.fetch(batch["input_mask"])[0]])
+        say(text)
+        return [(text, {})] * cfg.samples
+    call = {
+        "max_new": cfg.max_new,
+        "eos_id": tokenizer.eos_id,
+        "start_id": tokenizer.eos_id if _is_bart(experiment) else tokenizer.pad_id,
+        "suppress": experiment.unused_ids,
+        "stop": stop_strings(cfg.stop, tokenizer, model.decoders["text"].vocab_size) if cfg.stop else (),
+        **{name: cfg[name] for name in SAMPLING},
+    }
+    keys = {"rng": jax.random.key(experiment.config.seed)}
+    if cfg.stream:
+        text, written = TextStream(tokenizer, cfg.stop), []
+
+        def write(piece):
+            written.append(piece)
+            say(piece, end="", flush=True)
+
+        for tokens in stream(model, variables, batch, **call, **keys):
+            token = int(experiment.fetch(tokens)[0])
+            write(text.push(token) if token != tokenizer.eos_id else "")
+        write(text.finish())
+        say()
+        return [("".join(written), {})]
+    scores = None
+    if cfg.beams > 1:
+        options = {"length_penalty": cfg.length_penalty, "early_stopping": EARLY_STOPPING[cfg.early_stopping]}
+        found = beam_search(model, variables, batch, beams=cfg.beams, num_return=cfg.samples, **options, **call)
+        tokens, scores = (experiment.fetch(x)[0] for x in found)
+    else:
+        tokens = experiment.fetch(generate(model, variables, batch, **call, **keys))
+    answers = []
+    for i, ids in enumerate(tokens[: cfg.samples].tolist()):
+        ids = ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids
+        answers.append((cut(tokenizer.decode(ids), cfg.stop), {} if scores is None else {"score": float(scores[i])}))
+        say(answers[-1][0])
+    return answers
 
 
 def _files(spec: str) -> dict[str, str]:

@@ -70,7 +70,14 @@ def _to_text(experiment, variables, prompts, limit):
     for host, batch in experiment.eval_batches(prompts, limit):
         with experiment.use_mesh():
             tokens = experiment.fetch(
-                generate(experiment.model, variables, batch, max_new=max_new, eos_id=tokenizer.eos_id)
+                generate(
+                    experiment.model,
+                    variables,
+                    batch,
+                    max_new=max_new,
+                    eos_id=tokenizer.eos_id,
+                    suppress=experiment.unused_ids,
+                )
             )
         for b in np.flatnonzero(host["example_mask"]):
             answer, truth = tokenizer.decode(_until(tokens[b], tokenizer.eos_id)), prompts.words[host["label"][b]]
