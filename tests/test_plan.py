@@ -2,12 +2,17 @@ import json
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from configs import common, digits
+from vfm import data
 from vfm import plan as plan_lib
 from vfm.data import Pipeline
+from vfm.data.corrupted import CORRUPTIONS
+from vfm.data.interleave import Layout, Modality
 from vfm.experiment import Experiment
+from vfm.tokenizers import SPECIAL, ByteTokenizer
 
 V, D, L, F, T, B, HEADS = 262, 16, 3, 32, 12, 16, 2
 
@@ -113,6 +118,28 @@ def test_the_batch_is_that_of_the_data():
     planned = jax.tree.map(lambda x: (x.shape, x.dtype), plan_lib.abstract_batch(experiment))
     assert planned == real
     assert plan_lib.step_flops(experiment) > 0
+
+
+CORRUPTED = ("<mask>", "<cls>", "<sep>", "<start>", "<end>", *(f"<extra_id_{i}>" for i in range(8)))
+TEXT = {"name": "text", "source": {"name": "stdlib", "limit": 2}}
+DATA = {name: {**TEXT, "corruption": {"name": name}} for name in CORRUPTIONS}
+DATA["plain"] = TEXT
+DATA["mixture"] = {"name": "mixture", "datasets": {"a": TEXT, "b": DATA["prefix_lm"]}, "weights": {"a": 1.0, "b": 1.0}}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_blank_row_is_like_a_real_one(name):
+    given = {"layout": Layout(64, {"image": Modality((2,), 1)}), "tokenizer": ByteTokenizer((*SPECIAL, *CORRUPTED))}
+    real = data.build(DATA[name], "train", **given).example(0, np.random.default_rng(0))
+    shapes = lambda row: jax.tree.map(lambda x: (np.shape(x), x.dtype), row)
+    assert shapes(data.blank(DATA[name], **given)) == shapes(real)
+
+
+def test_a_tokenizer_that_is_yet_to_be_trained_needs_no_text():
+    c = language_model()
+    c.tokenizer = {"name": "bpe", "vocab_size": V, "special": (*SPECIAL, "<mask>")}
+    c.data.corruption = {"name": "prefix_lm"}
+    assert plan_lib.analytic(Experiment(c))["flops.step"] == 3 * FORWARD
 
 
 def test_blocks_stand_in_the_order_of_the_survey():

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vfm import data, distributed, flops, model, objectives, report, tree
-from vfm.data.interleave import interleave
+from vfm import data, distributed, flops, model, objectives, report, tokenizers, tree
 
 # The order of the survey's picture; the roots of the parameter tree are `{block}_{modality}` and `backbone`.
 BLOCKS = ("encoders", "input_projectors", "backbone", "output_projectors", "decoders", "signals")
@@ -32,9 +31,7 @@ def plan(experiment, path) -> dict[str, float]:
     The step is traced and compiled, never run, and no data is read. Where the backend gives no memory
     figures, `temporaries` is left out and `total` is the sum of the exact ones.
     """
-    found = {**_parameters(experiment), **_mesh(experiment), **_step(experiment)}
-    batch = abstract_batch(experiment)
-    found |= _flops(experiment, batch, found)
+    found, batch = {**analytic(experiment), **_mesh(experiment)}, abstract_batch(experiment)
     traced = experiment.train_step.trace(experiment.abstract_state, batch)
     found["flops.executed"] = flops.count_jaxpr(traced.jaxpr)
     found |= _memory(experiment, batch, traced)
@@ -42,6 +39,12 @@ def plan(experiment, path) -> dict[str, float]:
         print(_text(experiment, found))
         report.write_json(path / "plan.json", found)
     return found
+
+
+def analytic(experiment) -> dict[str, float]:
+    """What of `plan` needs no compiler: parameters.*, step.* and flops.* but `executed`."""
+    sizes = _step(experiment)
+    return {**_parameters(experiment), **sizes, **_flops(experiment, abstract_batch(experiment), sizes)}
 
 
 def step_flops(experiment) -> int:
@@ -52,19 +55,20 @@ def step_flops(experiment) -> int:
 def abstract_batch(experiment) -> dict[str, Any]:
     """The global training batch as ShapeDtypeStructs with shardings, from the config alone."""
     config, size = experiment.config, experiment.config.train.batch_size
-    row = interleave([], experiment.layout, experiment.tokenizer)
+    row = data.blank(config.data, layout=experiment.layout, tokenizer=_tokenizer(experiment))
     row["example_mask"] = np.zeros((), np.float32)
-    for key in _dataset_keys(config.data):
-        row[key] = np.zeros(() if key == "label" else (config.data.length,), np.int32)
     rows = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=experiment.batch_sharding)
     replicated = NamedSharding(experiment.mesh, PartitionSpec())
     return {**jax.tree.map(rows, row), "skipped": jax.ShapeDtypeStruct((), np.int32, sharding=replicated)}
 
 
-def _dataset_keys(cfg) -> set[str]:
-    """Fields of a batch that only some data sets give."""
-    inner = [key for child in cfg.get("datasets", {}).values() for key in _dataset_keys(child)]
-    return {*inner, *getattr(data.DATASETS.get(cfg["name"]), "keys", ())}
+def _tokenizer(experiment):
+    """The run's tokenizer; for one that is yet to be trained, another with the same special tokens: only special
+    tokens shape a batch."""
+    cfg = experiment.config.tokenizer
+    if not tokenizers.untrained(cfg):
+        return experiment.tokenizer
+    return tokenizers.ByteTokenizer(tuple(dict.fromkeys((*tokenizers.SPECIAL, *cfg.get("special", ())))))
 
 
 def _parameters(experiment) -> dict[str, int]:

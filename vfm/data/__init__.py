@@ -2,14 +2,15 @@
 
 import inspect
 
-from vfm.data.construct import construct
+from vfm.data.construct import construct, plain
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
 from vfm.data.sources import build_source
 from vfm.data.text import Text
+from vfm.errors import unknown
 
-__all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "build", "build_source", "eval_batches"]
+__all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "blank", "build", "build_source", "eval_batches"]
 
 DATASETS = {"mixture": Mixture, "pairs": Pairs, "text": Text}
 
@@ -25,3 +26,10 @@ def build(cfg, split: str, *, layout, tokenizer, skip_corrupt: bool = False, **o
     if kind is not None and "skip_corrupt" in inspect.signature(kind).parameters:
         overrides["skip_corrupt"] = skip_corrupt
     return construct("dataset", DATASETS, cfg, split=split, layout=layout, tokenizer=tokenizer, **overrides)
+
+
+def blank(cfg, *, layout, tokenizer) -> dict:
+    """A row of zeros with the arrays of the data set that `cfg.name` names; nothing is read."""
+    if cfg.get("name") not in DATASETS:
+        raise unknown("dataset", cfg.get("name"), DATASETS)
+    return DATASETS[cfg["name"]].blank(plain(cfg), layout, tokenizer)

@@ -60,6 +60,14 @@ class Mixture:
         self.child = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
         self.row = np.concatenate([np.arange(c) % size for c, size in zip(counts, sizes)])[order]
 
+    @staticmethod
+    def blank(cfg: Mapping, layout, tokenizer) -> dict:
+        """A row of zeros with the arrays of every example, from the config alone: nothing is read."""
+        from vfm.data import blank
+
+        rows = [blank(child, layout=layout, tokenizer=tokenizer) for child in cfg["datasets"].values()]
+        return {key: value for row in rows for key, value in row.items()}
+
     def __len__(self) -> int:
         return len(self.child)
 

@@ -117,6 +117,11 @@ class Pairs:
         self.rows = {modality: self._by_label(modality) for modality in self.sources}
         self._check_labels()
 
+    @staticmethod
+    def blank(cfg: Mapping, layout: Layout, tokenizer) -> dict:
+        """A row of zeros with the arrays of every example, from the config alone: nothing is read."""
+        return {**interleave([], layout, tokenizer), "label": np.zeros((), np.int32)}
+
     def parse(self, spec: str, sources: Mapping | None = None) -> Task:
         """The task of its name, checked against the sources."""
         return Task.parse(spec, {"text", *(self.sources if sources is None else sources)})

@@ -94,6 +94,20 @@ class Text:
         self.starts = np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]).astype(np.int64)
         self.ids = np.concatenate(ids)
 
+    @staticmethod
+    def blank(cfg: Mapping, layout: Layout, tokenizer) -> dict:
+        """A row of zeros with the arrays of every example, from the config alone: nothing is read."""
+        corruption = cfg.get("corruption") or {"name": NextToken.name}
+        kind = construct("corruption", CORRUPTIONS, corruption, length=layout.length, tokenizer=tokenizer)
+        row = interleave([], layout, tokenizer)
+        dtype = {"prefix": bool, "decoder_mask": bool}
+        for key in (*kind.keys, *(("targets", "loss_mask") if kind.keys >= DECODER else ())):
+            size = kind.decoder_length if key in DECODER or key in row else layout.length
+            row[key] = np.zeros(
+                () if key == "label" else size, row[key].dtype if key in row else dtype.get(key, np.int32)
+            )
+        return row
+
     def __len__(self) -> int:
         return len(self.plan)
 
