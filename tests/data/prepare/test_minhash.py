@@ -2,6 +2,7 @@ import hashlib
 import json
 import pathlib
 import random
+import zlib
 
 import numpy as np
 import pytest
@@ -178,6 +179,33 @@ def test_work_is_linear_in_a_family_of_similar_texts(monkeypatch):
         components(signatures[:n], keys[:, :n], 0.9, window=4)
         counts.append(sum(compared))
     assert counts[0] > 1000 and counts[1] < 2.5 * counts[0]
+
+
+def test_remainder_by_the_mersenne_prime_at_its_multiples():
+    minhash, prime = MinHash(16, scheme="legacy"), (1 << 61) - 1
+    minhash.a[:] = 1
+    minhash.b[:8] = [k * prime - 5 for k in range(1, 9)]
+    minhash.b[8:] = [k * prime - 6 for k in range(1, 9)]
+    signature = minhash.signatures([np.array([5], np.uint32)])[0]
+    assert signature.tolist() == [0] * 8 + [(prime - 1) & 0xFFFFFFFF] * 8
+
+
+def test_again_on_what_is_kept_in_any_order_joins_nothing():
+    """Also where the window is too small to compare all: many families whose texts share bands."""
+    rng = random.Random(5)
+    root = [f"w{n}" for n in range(60)]
+    families = [edited(root, 4, rng) for _ in range(30)]
+    texts = [" ".join(edited(families[n % 30], 1, rng)) for n in range(600)]
+    signatures = sketch(texts, MinHash(64))
+    keys = band_keys(signatures, 2, 2)
+    content = np.array([zlib.crc32(text.encode()) for text in texts])
+    by_content = lambda documents: np.argsort(content[documents])
+    kept = np.unique(components(signatures, keys, 0.75, by_content(np.arange(600)), window=1))
+    assert 30 <= len(kept) < 500
+    for seed in range(3):
+        again = np.random.default_rng(seed).permutation(kept)
+        roots = components(signatures[again], keys[:, again], 0.75, by_content(again), window=1)
+        assert len(np.unique(roots)) == len(kept)
 
 
 def test_unknown_scheme_is_refused():

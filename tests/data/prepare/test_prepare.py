@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 import random
 import tracemalloc
 
@@ -188,6 +189,8 @@ def test_output_is_read_by_the_jsonl_source(tmp_path):
             paths = {name: f"{name}.jsonl{ending}" for name in card["splits"]}
             source = build_source({"name": "jsonl", "dir": str(out), "paths": paths}, split)
             assert len(source) == card["splits"][split]["records"] and source[0]["text"].endswith("我")
+    packed = (tmp_path / "out.gz" / "train.jsonl.gz").read_bytes()
+    assert packed[3:8] == bytes(5)  # neither name nor time in the header: equal data give equal files
 
 
 def test_gzip_and_worker_processes_change_nothing(tmp_path):
@@ -275,6 +278,26 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     # Killed between the two renames of an overwrite: the earlier output comes back.
     (tmp_path / "out").rename(tmp_path / "out.old")
     with pytest.raises(UserError, match="exists; give another one, or --overwrite"):
+        prepare([path], tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 50
+
+
+def test_an_overwrite_that_is_cut_off_loses_nothing(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"text": t} for t in texts(50)])
+    prepare([path], tmp_path / "out")
+    rename, calls = os.rename, []
+
+    def cut_off(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("power cut")
+        rename(source, target)
+
+    monkeypatch.setattr("vfm.data.prepare.folder.os.rename", cut_off)
+    with pytest.raises(OSError, match="power cut"):
+        prepare([path], tmp_path / "out", Options(overwrite=True, compress=True))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--overwrite"):
         prepare([path], tmp_path / "out")
     assert len(read(tmp_path / "out")) == 50
 
@@ -391,6 +414,8 @@ def test_the_card_adds_up_and_is_readable(tmp_path):
     kept = read(tmp_path / "out")
     assert card["total"]["chars"] == sum(len(record["text"]) for record in kept)
     assert card["total"]["bytes"] == sum(len(record["text"].encode()) for record in kept)
+    steps = {step["step"]: step["removed"] for step in card["steps"]}
+    assert steps["exact_dedup"]["equal text"]["chars"] == sum(len(row["text"]) for row in rows[60:])
     assert card["sources"]["s1"]["licences"] == {"CC-BY-4.0": 30}
     assert card["sources"][path]["scripts"] == {"Han": 1}
     assert {name: card["versions"][name] for name in ("numpy",)} == {"numpy": np.__version__}

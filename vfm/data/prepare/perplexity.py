@@ -6,7 +6,7 @@ import numpy as np
 
 from vfm.errors import UserError
 
-_START, _END = 0x110000, 0x110001  # beyond all characters
+_START = 0x110000  # beyond all characters
 _CHARACTERS = 0x110001  # what may follow: any code point or the end
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _CHUNK = 1 << 20  # characters whose n-grams are counted at a time
@@ -30,7 +30,7 @@ class CharNgram:
         """Counts the n-grams of texts, in addition to those counted before."""
         new, size = [], 0
         for text in texts:
-            new.append(self._hashes(text, end=True))
+            new.append(self._hashes(text))
             size += len(text) + 1
             if size >= _CHUNK:
                 self._count(new, size)
@@ -47,10 +47,10 @@ class CharNgram:
             count = np.bincount(inverse, np.concatenate([count, times])).astype(np.int64)
             self.grams[n] = key, count
 
-    def _hashes(self, text: str, end: bool = False) -> np.ndarray:
+    def _hashes(self, text: str) -> np.ndarray:
         """uint64[order, 1 + len(text)]: the n-grams that end at the start of text and at each of its characters."""
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-        codes = np.concatenate([[_START] * self.order, codes, [_END] * end]).astype(np.uint64)
+        codes = np.concatenate([[_START] * self.order, codes]).astype(np.uint64)
         codes = (codes + np.uint64(1)) * _FACTOR
         codes ^= codes >> np.uint64(31)
         hashes = np.empty((self.order, len(codes) - self.order + 1), np.uint64)
