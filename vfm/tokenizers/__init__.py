@@ -12,7 +12,7 @@ from vfm.tokenizers.tokenizer import Stream, Tokenizer
 from vfm.tokenizers.training import train
 
 __all__ = [
-    "TOKENIZERS", "AddedToken", "ByteTokenizer", "Stream", "Tokenizer", "bpe", "build", "load", "save", "save_tiktoken",
+    "TOKENIZERS", "AddedToken", "ByteTokenizer", "Stream", "Tokenizer", "build", "load", "save", "save_tiktoken",
     "train_bpe", "untrained",
 ]  # fmt: skip
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 
-def bpe(
+def trained_bpe(
     path: str = "",
     vocab_size: int = 0,
     pattern: str = "gpt2",
@@ -43,7 +43,7 @@ def bpe(
     return tokenizer
 
 
-TOKENIZERS = {"bpe": bpe, "byte": ByteTokenizer, "file": load}
+TOKENIZERS = {"bpe": trained_bpe, "byte": ByteTokenizer, "file": load}
 
 
 def build(cfg: Mapping) -> ByteTokenizer | Tokenizer:

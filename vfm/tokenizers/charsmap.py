@@ -34,23 +34,25 @@ def _text(replacements: bytes, at: int) -> str:
 def _walk(units) -> list[tuple[bytes, int]]:
     """All (key, value) of a double-array trie."""
 
-    def below(node: int) -> int:
+    def base(node: int) -> int:
         unit = units[node]
         return node ^ ((unit >> 10) << ((unit & (1 << 9)) >> 6))
 
-    found, waiting = [], [(below(0), b"")]
+    # A node is where its label leads to from the base of its parent.
+    below: dict[int, list[int]] = {}
+    for node, unit in enumerate(units):
+        if unit & 0xFF and not unit >> 31:
+            below.setdefault(node ^ (unit & 0xFF), []).append(node)
+    found, waiting = [], [(base(0), b"")]
     while waiting:
-        base, key = waiting.pop()
-        for byte in range(1, 256):
-            node = base ^ byte
-            if node < len(units) and units[node] & ((1 << 31) | 0xFF) == byte:
-                longer = key + bytes([byte])
-                if len(longer) > 1 << 10:
-                    raise ValueError("it has a loop")
-                child = below(node)
-                if units[node] >> 8 & 1:
-                    found.append((longer, units[child] & ((1 << 31) - 1)))
-                waiting.append((child, longer))
+        parent, key = waiting.pop()
+        for node in below.get(parent, ()):
+            longer = key + bytes([units[node] & 0xFF])
+            if len(longer) > 1 << 10:
+                raise ValueError("it has a loop")
+            if units[node] >> 8 & 1:
+                found.append((longer, units[base(node)] & ((1 << 31) - 1)))
+            waiting.append((base(node), longer))
     return found
 
 

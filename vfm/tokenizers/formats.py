@@ -218,6 +218,11 @@ def to_json(tokenizer: Tokenizer) -> dict:
     }
 
 
+def dumps(tokenizer: Tokenizer) -> str:
+    """The text of a `tokenizer.json`; see `to_json`."""
+    return json.dumps(to_json(tokenizer), ensure_ascii=False)
+
+
 def save(path: str | pathlib.Path, tokenizer: Tokenizer) -> None:
     """Writes a folder: tokenizer.json, tokenizer_config.json, and for BPE vocab.json and merges.txt."""
     if not isinstance(tokenizer, Tokenizer):

@@ -102,11 +102,17 @@ def shadow(text: str) -> str:
     return _ASTRAL.sub(_stand_in, text) if has_astral(text) else text
 
 
+@functools.cache
+def _last_of(category: str) -> str:
+    """The last character up to U+FFFF of a category."""
+    return chr([last for _, last in unicode16.ranges(category) if last <= _MAX][-1])
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def _stand_in_of(char: str) -> str:
     if any(first <= ord(char) <= last for first, last in _LETTER_SYMBOLS):
         return "\u24b6"
-    return chr([last for _, last in unicode16.ranges(unicode16.category(char)) if last <= _MAX][-1])
+    return _last_of(unicode16.category(char))
 
 
 def _stand_in(match: re.Match) -> str:

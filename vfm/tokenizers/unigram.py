@@ -12,6 +12,7 @@ from vfm.errors import UserError
 from vfm.tokenizers.bpe import Cache
 
 PENALTY = 10.0  # an unknown character scores this much below the lowest token
+RESET = 100_000.0  # SentencePiece takes sums of this size back to zero
 _ROUNDING = 2.0**-23  # of a sum in 32 bits, relative
 
 
@@ -45,6 +46,7 @@ class Unigram:
         usable = [score for i, (_, score) in enumerate(pieces) if i not in never and i not in always]
         self._unknown = array.array("f" if single else "d", [min(usable, default=0.0) - PENALTY])[0]
         best = max(usable, default=0.0)
+        self._most = max(map(abs, [self._unknown, *(score for _, score in pieces)]))
         self._scores: dict[str, tuple[float, int] | None] = {}
         for i, (token, score) in enumerate(pieces):
             if i in never or not token:
@@ -65,17 +67,20 @@ class Unigram:
         for word in words:
             ids, scores, margin, weight = self._splits[word]
             # Rounding cannot change the split if its lead is above what rounding can add up to.
-            if margin <= (len(word) + 2) * (weight + abs(total[0])) * _ROUNDING:
-                path, scores, _ = self._best(word, total[0])
+            safe = margin > (len(word) + 2) * (weight + abs(total[0])) * _ROUNDING
+            if safe and abs(total[0]) + len(word) * self._most < RESET:
+                for score in scores:
+                    total[0] += score
+            else:
+                path, total[0], _ = self._best(word, total[0])
                 ids = self._resolve(word, path)[0]
             found += ids
-            for score in scores:
-                total[0] += score
         return found
 
     def _split(self, word: str) -> tuple[tuple[int, ...], list[float], float, float]:
         """Ids, scores, by how much the closest choice was won, and the size of the sums."""
-        path, scores, margin = self._best(word, 0.0)
+        path, _, margin = self._best(word, 0.0)
+        scores = [self._unknown if i < 0 else self._scores[word[start:end]][0] for i, start, end in path]
         weight = sum(map(abs, scores)) + abs(self._unknown)
         return tuple(self._resolve(word, path)[0]), scores, margin, weight
 
@@ -85,23 +90,27 @@ class Unigram:
 
     def encode_spans(self, words: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """For each word of a text its ids, and for each id the (start, end) of its characters in the word."""
-        total, found = array.array("f", [0.0]), []
+        total, found = 0.0, []
         for word in words:
-            path, scores, _ = self._best(word, total[0] if self.single else 0.0)
+            path, after, _ = self._best(word, total)
             found.append(self._resolve(word, path))
-            for score in scores:
-                total[0] += score
+            total = after if self.single else 0.0
         return found
 
-    def _best(self, word: str, total: float) -> tuple[list[tuple[int, int, int]], list[float], float]:
-        """The best path as (id or -1, start, end), its scores, and the smallest lead of a choice.
+    def _best(self, word: str, total: float) -> tuple[list[tuple[int, int, int]], float, float]:
+        """The best path as (id or -1, start, end), the sum of scores after it, and the smallest lead of a choice.
 
         total: the sum of scores up to here.
         """
         size, scores, margin = len(word), self._scores, math.inf
         best = array.array("f" if self.single else "d", [total]) * (size + 2)  # the last one is for rounding
-        begins, ids, gains = [-1] * (size + 1), [-1] * (size + 1), [0.0] * (size + 1)
+        begins, ids = [-1] * (size + 1), [-1] * (size + 1)
         for start in range(size):
+            if self.single and abs(best[start]) > RESET:
+                offset = best[start]
+                for end in range(start, size + 1):
+                    if end == start or begins[end] >= 0:
+                        best[end] -= offset
             choices = []
             for end in range(start + 1, size + 1):
                 try:
@@ -119,13 +128,13 @@ class Unigram:
                     margin = min(margin, abs(lead))
                     if lead <= 0:
                         continue
-                best[end], begins[end], gains[end], ids[end] = best[-1], start, gain, i
+                best[end], begins[end], ids[end] = best[-1], start, i
         path, end = [], size
         while end:
             path.append((ids[end], begins[end], end))
             end = begins[end]
         path.reverse()
-        return path, [gains[end] for _, _, end in path], margin
+        return path, best[size], margin
 
     def _resolve(self, word: str, path: list[tuple[int, int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
         ids, spans, run = [], [], False
