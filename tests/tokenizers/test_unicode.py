@@ -11,6 +11,12 @@ from vfm.tokenizers import split, unicode16
 from vfm.tokenizers.split import Splitter, isolated
 
 CHARACTERS = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+# The first and last character of every run of one category: where a wrong class would show.
+EDGES = sorted(
+    {chr(code) for span in zip(unicode16._runs()[0], (n - 1 for n in unicode16._runs()[0][1:])) for code in span}
+    & set(CHARACTERS)
+)
+EXTENTS = [pytest.param(EDGES, id="edges"), pytest.param(CHARACTERS, id="all", marks=pytest.mark.slow)]
 
 
 def test_categories_as_in_unicodedata():
@@ -27,22 +33,25 @@ def test_categories_as_in_unicodedata():
     assert set(unicode16.WHITE_SPACE) == spaces - set("\x1c\x1d\x1e\x1f")
 
 
+@pytest.mark.parametrize("characters", EXTENTS)
 @pytest.mark.parametrize("name", ["L", "N", "P", "M", "S", "Lu", "Nd"])
-def test_classes_as_in_tokenizers(name):
+def test_classes_as_in_tokenizers(name, characters):
     hf = pytest.importorskip("tokenizers")
     theirs = hf.pre_tokenizers.Split(hf.Regex(rf"\p{{{name}}}"), "removed", invert=True)
-    found = {char for word, _ in theirs.pre_tokenize_str("".join(CHARACTERS)) for char in word}
-    assert found == {chr(code) for first, last in unicode16.ranges(name) for code in range(first, last + 1)}
+    found = {char for word, _ in theirs.pre_tokenize_str("".join(characters)) for char in word}
+    ours = {chr(code) for first, last in unicode16.ranges(name) for code in range(first, last + 1)}
+    assert found == ours & set(characters)
 
 
+@pytest.mark.parametrize("characters", EXTENTS)
 @pytest.mark.parametrize("name", split.PATTERNS)
-def test_splits_as_in_tokenizers(name):
+def test_splits_as_in_tokenizers(name, characters):
     hf = pytest.importorskip("tokenizers")
     rng, splitter = random.Random(0), Splitter(name)
     theirs = hf.pre_tokenizers.Split(hf.Regex(split.PATTERNS[name]), "isolated")
     before, after = ("", "x", " ", "'", "  ", "\n", "1", ".", "S"), ("", "y", " ", "s", "\n\n", "2", "!", "\t")
-    for start in range(0, len(CHARACTERS), 3000):
-        part = CHARACTERS[start : start + 3000]
+    for start in range(0, len(characters), 3000):
+        part = characters[start : start + 3000]
         text = "".join(rng.choice(before) + char + rng.choice(after) for char in part)
         assert isolated(splitter, text) == [word for word, _ in theirs.pre_tokenize_str(text)]
 
