@@ -12,6 +12,7 @@ import pytest
 from vfm.beam import beam_search
 from vfm.generate import generate
 from vfm.interop import huggingface
+from vfm.parity import transformers_generation
 
 FIXTURES = pathlib.Path(__file__).parents[3] / "shared" / "fixtures"
 MODELS = ("gpt2", "llama_*", "mixtral", "t5_*", "bart")
@@ -59,56 +60,55 @@ def test_reference_outputs(name, case, settings):
     np.testing.assert_allclose(scores.ravel(), arrays[f"{case}/out/all_beams_scores"].ravel(), atol=1e-4)
 
 
-# (beams, length penalty, early stopping, ends, repetition penalty, n-grams, least new tokens, forced end)
+# Beams and options; some ends, so that answers have many lengths.
+ENDS = (2, 5, 9, 17, 30, 41, 53)
 LIVE = [
-    (1, 1.0, False, (2, 5), 1.3, 2, 4, 2),
-    (4, 1.0, "never", (2, 5, 9, 17, 30), 1.0, 2, 0, 2),
-    (3, -1.0, True, (2, 5, 9, 17, 30), 1.3, 0, 4, None),
+    {
+        "beams": 1,
+        "eos_id": ENDS,
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "min_new": 4,
+        "forced_eos_id": 2,
+    },
+    {"beams": 4, "eos_id": ENDS, "early_stopping": "never", "no_repeat_ngram_size": 2, "forced_eos_id": 2},
+    {
+        "beams": 3,
+        "eos_id": ENDS,
+        "early_stopping": True,
+        "length_penalty": -1.0,
+        "repetition_penalty": 1.3,
+        "min_new": 3,
+    },
 ]
-ALL = itertools.product(
-    (3, 4), (0.0, 1.0, -1.0), (False, True, "never"), ((), (2, 5, 9, 17, 30)), (1.0, 1.3), (0, 2), (0, 4), (None, 2)
-)
-MORE = [pytest.param(options, marks=pytest.mark.slow) for options in itertools.islice(ALL, 0, None, 17)]
+ALL = itertools.product((3, 4), (0.0, 1.0, -1.0), (False, True, "never"), ((), ENDS), (1.0, 1.3), (0, 2), (0, 4))
+FIELDS = (
+    "beams", "length_penalty", "early_stopping", "eos_id", "repetition_penalty", "no_repeat_ngram_size", "min_new"
+)  # fmt: skip
+MORE = [dict(zip(FIELDS, values)) for values in itertools.islice(ALL, 0, None, 13)]
 
 
-@pytest.mark.parametrize("options", [*LIVE, *MORE], ids=str)
-def test_options_against_the_library(options, tmp_path):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    beams, length_penalty, early_stopping, ends, repetition, ngrams, least, forced = options
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    ).eval()
-    for p in theirs.parameters():
-        p.data = torch.randn_like(p) * 0.3 if p.ndim > 1 else p.data
-    theirs.generation_config.eos_token_id = theirs.generation_config.bos_token_id = None
-    theirs.save_pretrained(tmp_path)
-    model, variables = huggingface.load(str(tmp_path))
-    rng = np.random.default_rng(0)
-    lengths, length, new, pad = [7, 5, 3, 1], 7, 12, 1
-    mask = np.arange(length)[None] >= length - np.array(lengths)[:, None]
-    ids = np.where(mask, rng.integers(2, 61, mask.shape), pad)
-    # Padding stays out of the answers: the library takes it for a part of repeated n-grams.
-    expected = theirs.generate(
-        torch.tensor(ids), attention_mask=torch.tensor(mask.astype(int)), max_new_tokens=new, do_sample=False,
-        num_beams=beams, pad_token_id=pad, eos_token_id=list(ends) or None, repetition_penalty=repetition,
-        no_repeat_ngram_size=ngrams, min_new_tokens=least or None, forced_eos_token_id=forced, suppress_tokens=[pad],
-        **dict(length_penalty=length_penalty, early_stopping=early_stopping, num_return_sequences=beams,
-               output_scores=True, return_dict_in_generate=True) if beams > 1 else {},
-    )  # fmt: skip
-    batch = {"tokens": jnp.asarray(ids, jnp.int32), "input_mask": jnp.asarray(mask)}
-    options = dict(max_new=new, eos_id=ends, pad_id=pad, repetition_penalty=repetition, no_repeat_ngram_size=ngrams,
-                   min_new=least, forced_eos_id=forced, suppress=(pad,))  # fmt: skip
-    if beams == 1:
-        found, sequences = generate(model, variables, batch, **options), expected
-    else:
-        found, scores = beam_search(
-            model, variables, batch, beams=beams, num_return=beams, length_penalty=length_penalty,
-            early_stopping=early_stopping, **options
-        )  # fmt: skip
-        sequences = expected.sequences
-        np.testing.assert_allclose(scores.ravel(), expected.sequences_scores, atol=1e-4)
-    sequences = sequences[:, length:].numpy()
-    padded = np.pad(sequences, ((0, 0), (0, new - sequences.shape[1])), constant_values=pad)
-    np.testing.assert_array_equal(np.asarray(found).reshape(padded.shape), padded)
+def check(name, **options):
+    pytest.importorskip("torch"), pytest.importorskip("transformers")
+    found = transformers_generation.compare(name, **options)
+    np.testing.assert_array_equal(found.ours, found.theirs)
+    assert found.scores < 1e-4
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("options", LIVE, ids=str)
+def test_options_against_the_library(options):
+    check("gpt2", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", MORE, ids=str)
+def test_more_options_against_the_library(options):
+    check("gpt2", **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", transformers_generation.LANGUAGE_MODELS)
+def test_families_against_the_library(name):
+    check(name)
+    check(name, beams=3, eos_id=ENDS)
