@@ -5,6 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 TFDS = ["tensorflow-datasets>=4.9.10", "array_record>=0.8.6", "importlib_resources>=6"]
+PREPARE = ["rjieba>=0.2.2"]  # words of Chinese in experiments.prepare
 
 setup(
     name="vfm",
@@ -35,9 +36,8 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "tfds": TFDS,
-        "test": [*TFDS, "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"],
-        # Dictionary segmentation of Chinese for experiments.prepare.
-        "prepare": ["rjieba>=0.2.2"],
+        "test": [*TFDS, *PREPARE, "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"],
+        "prepare": PREPARE,
         # What parity tests compare with; they skip where it is absent.
         "parity": ["torch>=2.13", "transformers>=5.23", "safetensors>=0.8", "datasketch>=2.0"],
     },

@@ -103,6 +103,12 @@ def test_dedup_within_fields(tmp_path):
     assert [record["task"] for record in read(tmp_path / "out", "data")] == ["a", "b", "c"]
     prepare([path], tmp_path / "all", Options(**ONE))
     assert len(read(tmp_path / "all", "data")) == 1
+    # Texts that stay because their tasks differ are on one side of the split all the same.
+    path = write(tmp_path / "b.jsonl", [{"text": t, "task": k} for t in texts(100) for k in "ab"])
+    card = prepare([path], tmp_path / "split", Options(dedup_within="task", split="train=0.5,test=0.5"))
+    assert card["total"]["records"] == 200 and card["leak_check"]["leaks"] == 0
+    sides = [{record["text"] for record in read(tmp_path / "split", split)} for split in ("train", "test")]
+    assert all(sides) and not sides[0] & sides[1]
 
 
 def test_splits_are_deterministic_disjoint_and_of_the_sizes_asked_for(tmp_path):
@@ -227,6 +233,19 @@ def test_malformed_lines_stop_the_command_or_are_counted(tmp_path):
     removed = card["steps"][0]["removed"]
     assert sum(entry["records"] for entry in removed.values()) == 6 and card["total"]["records"] == 1
     assert removed["no field 'text'"]["examples"][0]["where"].endswith("a.jsonl:5")
+
+
+def test_a_source_for_each_record_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": f"t{n}", "url": f"u{n}"} for n in range(1100)])
+    with pytest.raises(UserError, match="more than 1000 values.*--source_field"):
+        prepare([path], tmp_path / "out", Options(source_field="url"))
+
+
+def test_a_pattern_names_several_files_of_a_split(tmp_path):
+    for n, text in enumerate(texts(4)):
+        write(tmp_path / f"{'test' if n > 2 else 'train'}{n}.jsonl", [{"text": text}, {"text": texts(3)[0]}])
+    (pair,) = check([("train", str(tmp_path / "train*.jsonl")), ("test", str(tmp_path / "test3.jsonl"))])["pairs"]
+    assert pair["equal"] == 1 and pair["records"] == 2 and pair["examples"][0]["train"].endswith("train0.jsonl:1")
 
 
 def test_missing_group_or_label_is_malformed(tmp_path):

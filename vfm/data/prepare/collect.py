@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from vfm.data.prepare import lines, minhash, stages
+from vfm.errors import UserError
 
 _BATCH = 1 << 20  # bytes of the lines that are worked on together
 _BATCH_LINES = 2000
@@ -27,6 +28,7 @@ RECORD = np.dtype(
     ]
 )
 _NAMES = ("source", "licence", "script")
+_MAX_NAMES = 1000
 
 
 class Removals:
@@ -151,10 +153,9 @@ class Collected:
         with (self.folder / "lines").open("rb") as file:
             yield from ((index, line) for index, line in enumerate(file) if kept[index])
 
-    def keys(self, threshold: float) -> np.ndarray:
-        """uint64[bands, n] of all records, for near-duplicates from this similarity on."""
+    def keys(self, threshold: float, within: np.ndarray | None = None) -> np.ndarray:
+        """uint64[bands, n] of all records, for near-duplicates from this similarity on; within as in `band_keys`."""
         bands, rows = minhash.bands_and_rows(self.make.options.num_perm, threshold)
-        within = self.records["within"] if self.make.within else None
         return minhash.band_keys(self.signatures, bands, rows, within)
 
     def discard(self) -> None:
@@ -170,5 +171,10 @@ def _as_records(rows: list[stages.Row], known: dict[str, dict[str, int]]) -> np.
         values = [getattr(row, field) for row in rows]
         if (numbers := known.get(field)) is not None:
             values = [numbers.setdefault(value, len(numbers)) for value in values]
+            if len(numbers) > _MAX_NAMES:
+                raise UserError(
+                    f"more than {_MAX_NAMES} values of the field for the {field} of a record, such as {values[-1]!r}; "
+                    f"--{field}_field names what is the same for many records, or a field that there is not"
+                )
         records[field] = values
     return records

@@ -91,8 +91,9 @@ def check(
     if len(splits) < 2:
         raise UserError("a leak check needs two splits, such as --check=train=a.jsonl,test=b.jsonl")
     with tempfile.TemporaryDirectory() as folder:
-        make = Stages(options, [path for _, path in files], [splits.index(split) for split, _ in files])
-        paths = lines.expand([path for _, path in files])
+        found = [(splits.index(split), path) for split, pattern in files for path in lines.expand([pattern])]
+        paths = [path for _, path in found]
+        make = Stages(options, paths, [split for split, _ in found])
         data = Collected(pathlib.Path(folder), paths, make).read(progress)
         progress("leaks", 0, 1)
         return leaks.find(data, np.ones(len(data.records), bool), options.threshold(), splits)
@@ -104,12 +105,10 @@ def _perplexity(options: Options, progress: Progress) -> tuple[perplexity.CharNg
         return None, 0.0
 
     def texts() -> Iterator[str]:
-        (path,) = lines.expand([options.perplexity_sample])
-        for number, line in lines.LineReader(path):
-            record = lines.parse(line, f"{path}:{number}", options.text_field)
-            yield normalise(
-                record[options.text_field], options.unicode, options.controls, options.whitespace, options.html
-            )
+        for path in lines.expand([options.perplexity_sample]):
+            for number, line in lines.LineReader(path):
+                text = lines.parse(line, f"{path}:{number}", options.text_field)[options.text_field]
+                yield normalise(text, options.unicode, options.controls, options.whitespace, options.html)
 
     progress("fit the perplexity filter", 0, 1)
     model, limit = perplexity.fit(texts())
@@ -118,8 +117,9 @@ def _perplexity(options: Options, progress: Progress) -> tuple[perplexity.CharNg
 
 def _remove_near(data: Collected, kept: np.ndarray, threshold: float) -> None:
     """Takes all but the first of each cluster of near-duplicates out of `kept`."""
-    order = np.argsort(data.records["content"], kind="stable")  # by content, so that it is the same for any files
-    first = minhash.components(data.signatures, data.keys(threshold), threshold, order)
+    within = data.records["within"]
+    order = np.lexsort((within, data.records["content"]))  # the same in whatever order the files come
+    first = minhash.components(data.signatures, data.keys(threshold, within), threshold, order)
     again = np.flatnonzero(first != np.arange(len(first)))
     kept[again] = False
     similar = minhash.similarity(data.signatures, again, first[again])
@@ -140,7 +140,8 @@ def _labels(data: Collected, kept: np.ndarray, options: Options, progress: Progr
     def records() -> Iterator[tuple[str, str, int]]:
         for index, line in data.lines(kept):
             record = json.loads(line)
-            yield record[options.text_field], str(record[field]), int(data.records["content"][index])
+            label = lines.plain_field(record, field, data.where(index))
+            yield record[options.text_field], str(label), int(data.records["content"][index])
 
     progress("label noise", 0, 1)
     mask = kept.copy()

@@ -58,9 +58,12 @@ def scripts(text: str) -> dict[str, float]:
 
 def script(text: str) -> str:
     """The script of most letters of `text`; "Common" if it has none."""
+    if text.isascii():
+        return "Latin" if _ASCII_LETTER.search(text) else "Common"
     return next(iter(scripts(text)), "Common")
 
 
+_ASCII_LETTER = re.compile("[A-Za-z]")
 _ASCII_WORD = re.compile(r"\w+(?:'\w+)*")
 
 

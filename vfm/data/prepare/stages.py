@@ -34,7 +34,7 @@ class Line(NamedTuple):
 class Row(NamedTuple):
     """What is remembered of a record that passed."""
 
-    content: int  # 64 bits; equal for exact duplicates
+    content: int  # 64 bits of the text; equal for equal texts
     within: int  # 64 bits of the fields of `dedup_within`
     group: int  # 64 bits of the group, 0 without one
     split: int
@@ -162,17 +162,19 @@ class Stages:
             return remove("clean", "perplexity")
 
         within_key = repr(within).encode() if within else b""
-        digest = hashlib.blake2b(identity(text).encode(), digest_size=16, key=_hash(within_key)).digest()
+        content = hashlib.blake2b(identity(text).encode(), digest_size=16).digest()
+        # Where equal texts may stay, because other fields differ, they still fall into one split.
+        digest = hashlib.blake2b(content + within_key, digest_size=16).digest() if within else content
         split = (
             self.splits[line.file]
             if self.splits
-            else list(self.shares).index(hash_split(group if options.group_field else digest.hex(), self.shares))
+            else list(self.shares).index(hash_split(group if options.group_field else content.hex(), self.shares))
         )
         result.lines.append(lines.dump(record))
         result.digests.append(digest)
         result.rows.append(
             Row(
-                int.from_bytes(digest[:8], "little"),
+                int.from_bytes(content[:8], "little"),
                 int.from_bytes(_hash(within_key), "little"),
                 int.from_bytes(_hash(group.encode()), "little") if options.group_field else 0,
                 split,
