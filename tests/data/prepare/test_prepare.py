@@ -235,6 +235,19 @@ def test_malformed_lines_stop_the_command_or_are_counted(tmp_path):
     assert removed["no field 'text'"]["examples"][0]["where"].endswith("a.jsonl:5")
 
 
+def test_lone_surrogates_anywhere_in_a_record(tmp_path):
+    bad = "x\ud800"
+    rows = [
+        {"text": f"{n} {bad}", "source": bad, "licence": bad, "patient": bad, "task": bad, bad: bad} for n in range(3)
+    ]
+    rows.append(rows[0] | {"text": f"{bad} {'long ' * 20}"})
+    path = write(tmp_path / "a.jsonl", rows)
+    options = Options(clean="max_chars=50", group_field="patient", dedup_within="task")
+    card = prepare([path], tmp_path / "out", options)
+    assert card["total"]["records"] == 3 and list(card["sources"]) == ["x?"]
+    assert [record[bad] for record in read(tmp_path / "out")] == [bad] * 3
+
+
 def test_a_source_for_each_record_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": f"t{n}", "url": f"u{n}"} for n in range(1100)])
     with pytest.raises(UserError, match="more than 1000 values.*--source_field"):

@@ -134,15 +134,15 @@ class Stages:
         options = self.options
         record = lines.parse(line.data, where, options.text_field)
         raw = record[options.text_field]
-        group = str(lines.plain_field(record, options.group_field, where)) if options.group_field else ""
+        group = _utf8(lines.plain_field(record, options.group_field, where)) if options.group_field else ""
         within = [lines.plain_field(record, field, where) for field in self.within]
         if options.label_noise != "off":
             lines.plain_field(record, options.label_field, where)
-        source = str(record.get(options.source_field) or self.files[line.file])
+        source = _utf8(record.get(options.source_field) or self.files[line.file])
         result.seen.update({(source, "records"): 1, (source, "chars"): len(raw), (source, "bytes"): _size(raw)})
 
         remove = lambda step, rule: result.removed.append(
-            Removed(step, rule, line.file, line.number, len(raw), raw[:EXCERPT])
+            Removed(step, rule, line.file, line.number, len(raw), _utf8(raw[:EXCERPT]))
         )
         text = normalise(raw, options.unicode, options.controls, options.whitespace, options.html)
         result.changed["normalise"] += text != raw
@@ -183,7 +183,7 @@ class Stages:
                 len(text),
                 _size(text),
                 source,
-                str(record.get(options.licence_field) or ""),
+                _utf8(record.get(options.licence_field) or ""),
                 segment.script(text),
             )
         )
@@ -202,6 +202,11 @@ class Stages:
                 f"{self.options.text_field!r}, or None to remove it"
             )
         return record
+
+
+def _utf8(value: Any) -> str:
+    """A value as text without what UTF-8 cannot hold."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _size(text: str) -> int:
