@@ -20,14 +20,14 @@ _PAIRS = 1 << 14  # pairs of signatures compared at a time
 
 
 def shingles(text: str, words: int = 5, chars: int = 5) -> set[str]:
-    """The set of n-grams of words of `identity(text)`, joined by spaces; n = chars where most letters are unspaced.
+    """The set of n-grams of words of `identity(text)`, joined by spaces; n = chars where most characters are unspaced.
 
     Each character of a script without spaces (Chinese, Japanese, Thai) counts as a word. A text shorter than n words
     is one shingle, and one without any word is itself the shingle.
     """
     text = identity(text)
     tokens = segment.words(text, "characters")
-    n = chars if not text.isascii() and segment.script(text) in segment.UNSPACED else words
+    n = chars if segment.mostly_unspaced(text, tokens) else words
     if len(tokens) <= n:
         return {" ".join(tokens) or text}
     return set(map(" ".join, zip(*(tokens[i:] for i in range(n)))))

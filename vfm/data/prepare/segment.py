@@ -4,6 +4,7 @@ import functools
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 
 from vfm.errors import UserError, unknown
 
@@ -30,7 +31,6 @@ _ABBREVIATION = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=1 << 16)
 def script_of(char: str) -> str:
     """The script of one character by its Unicode name, such as "Latin" or "Han"; "Common" for all but letters."""
     if unicodedata.category(char)[0] != "L":
@@ -38,6 +38,17 @@ def script_of(char: str) -> str:
     name = [word for word in unicodedata.name(char, "UNKNOWN").split() if word not in _FORMS] or ["UNKNOWN"]
     script = name[0].title()
     return "Common" if script in _COMMON else _NAMES.get(script, script)
+
+
+class _Scripts(dict):
+    """script_of, remembered."""
+
+    def __missing__(self, char: str) -> str:
+        script = self[char] = script_of(char)
+        return script
+
+
+_SCRIPTS = _Scripts()
 
 
 @functools.cache
@@ -48,11 +59,12 @@ def known_scripts() -> tuple[str, ...]:
 
 def scripts(text: str) -> dict[str, float]:
     """Shares of the scripts among the letters of `text`, the largest first; empty if it has no letter."""
-    counts: Counter[str] = Counter()
+    counts: dict[str, int] = {}
     for char, count in Counter(text).items():
-        if (script := script_of(char)) != "Common":
-            counts[script] += count
-    total = counts.total()
+        script = _SCRIPTS[char]
+        counts[script] = counts.get(script, 0) + count
+    counts.pop("Common", None)
+    total = sum(counts.values())
     return {script: count / total for script, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))}
 
 
@@ -63,6 +75,7 @@ def script(text: str) -> str:
     return next(iter(scripts(text)), "Common")
 
 
+_UNSPACED_LETTER = re.compile(f"[{_HAN}{_KANA}{_SOUTH_EAST_ASIAN}]")
 _ASCII_LETTER = re.compile("[A-Za-z]")
 _ASCII_WORD = re.compile(r"\w+(?:'\w+)*")
 
@@ -98,7 +111,7 @@ def words(text: str, chinese: str = "auto") -> list[str]:
         return _pattern(False).findall(text)
     found = []
     for token in _pattern(True).findall(text):
-        names = {script_of(char) for char in token}
+        names = {_SCRIPTS[char] for char in token}
         if "Han" in names:
             found.extend(cut(token))
         elif names & UNSPACED:
@@ -106,6 +119,11 @@ def words(text: str, chinese: str = "auto") -> list[str]:
         else:
             found.append(token)
     return found
+
+
+def mostly_unspaced(text: str, tokens: Sequence[str]) -> bool:
+    """Whether most characters of the tokens, `words(text)`, belong to scripts without spaces."""
+    return not text.isascii() and 2 * len(_UNSPACED_LETTER.findall(text)) > sum(map(len, tokens))
 
 
 @functools.cache
