@@ -22,7 +22,8 @@ def find(data: Collected, kept: np.ndarray, threshold: float, splits: Sequence[s
     """A report of what each split shares with those before it; "leaks" is the number of records and groups.
 
     pairs: for each pair of splits, how many records of `split` have an equal text (equal), or else a near-duplicate
-    of this similarity (near), in `against`, and how many groups are in both.
+    of this similarity (near), in `against`, and how many groups are in both. A text that is a small part of another
+    is not alike in this sense, and is not found.
     """
     keys = data.keys(threshold)
     pairs = [
