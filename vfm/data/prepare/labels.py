@@ -29,9 +29,10 @@ def suspects(
 
     records: called for each of four passes, gives (text, label, key); texts with equal keys share a fold. For each
     fold a naive Bayes classifier (scikit-learn; alpha: its smoothing) of hashed words and pairs of words is trained on
-    the others; it needs one pass, and 16 bytes for each fold, class and feature, however many records. Confident learning (Northcutt, Jiang and
-    Chuang 2021): a label is doubted where another class, and not its own, reaches the mean confidence that the
-    records of that class have in it. Classes with fewer than min_class records are neither doubted nor suggested.
+    the others; it needs one pass, and 16 bytes for each fold, class and feature, however many records. Confident
+    learning (Northcutt, Jiang and Chuang 2021): a label is doubted where another class, and not its own, reaches the
+    mean confidence that the records of that class have in it. Classes with fewer than min_class records are neither
+    doubted nor suggested.
     """
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.naive_bayes import MultinomialNB
