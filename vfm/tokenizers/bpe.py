@@ -4,7 +4,9 @@ Source: Sennrich et al. 2016 (arXiv:1508.07909); on bytes: Radford et al. 2019 (
 Richardson 2018 (SentencePiece).
 """
 
+import functools
 import heapq
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vfm.errors import UserError
@@ -155,6 +157,47 @@ class Cache(dict):
         return Cache, (self.encode,)  # a copy starts empty
 
 
+class _Characters(frozenset):
+    """A set of characters, and all whose UTF-8 begins with one of `prefixes`."""
+
+    prefixes: tuple[bytes, ...] = ()
+
+    def __contains__(self, char: str) -> bool:
+        return frozenset.__contains__(self, char) or char.encode("utf-8").startswith(self.prefixes)
+
+
+class Joints(dict):
+    """Where a token may reach from one character to the next: `b in joints[a]` is False if none does in "ab".
+
+    There the two sides of a word merge independently of each other. This makes long words of scripts without spaces,
+    which rarely occur twice, into short ones, which do. Between two characters of ASCII it is True in any case.
+    """
+
+    def __init__(self, tokens: Iterable[bytes]):
+        super().__init__()
+        # What is in a token of the character on the left -> of the one on the right.
+        self.rights: dict[bytes, set[bytes]] = {}
+        for token in tokens:
+            if not token.isascii():
+                starts = [i for i, byte in enumerate(token) if byte & 0xC0 != 0x80]
+                for start, begin, end in zip([0, *starts], starts, [*starts[1:], len(token)]):
+                    if begin:
+                        self.rights.setdefault(token[start:begin], set()).add(token[begin:end])
+
+    def __missing__(self, char: str) -> frozenset[str]:
+        left, whole, prefixes = char.encode("utf-8"), set(map(chr, range(128 if char.isascii() else 0))), []
+        for right in itertools.chain.from_iterable(self.rights.get(left[i:], ()) for i in range(len(left))):
+            try:
+                whole.add(right.decode("utf-8"))
+            except UnicodeDecodeError:
+                prefixes.append(right)
+        found = _Characters(whole) if prefixes else frozenset(whole)
+        if prefixes:
+            found.prefixes = tuple(prefixes)
+        self[char] = found
+        return found
+
+
 class BPE:
     """Ids of a word.
 
@@ -224,11 +267,27 @@ class BPE:
     def encode(self, word: str) -> tuple[int, ...]:
         """Ids of a word, not looked up in the cache (`cache[word]` is)."""
         if self._plain:
-            data = word.encode("utf-8", "surrogateescape")
+            try:
+                data = word.encode("utf-8")
+                parts = self._parts(word) if len(data) > 2 * len(word) > 4 else []
+            except UnicodeEncodeError:  # bytes that are not UTF-8
+                data, parts = word.encode("utf-8", "surrogateescape"), []
             if data in self._whole:
                 return (self._whole[data],)
+            if parts:
+                return tuple(itertools.chain.from_iterable(map(self.cache.__getitem__, parts)))
             return tuple(merge([self._bytes[byte] for byte in data], self.merges))
         return tuple(self._spans(word)[0])
+
+    def _parts(self, word: str) -> list[str]:
+        """The parts of a word between which no token reaches; none if it has no such places."""
+        joints = self._joints
+        cuts = [i for i, (a, b) in enumerate(zip(word, word[1:]), start=1) if b not in joints[a]]
+        return [word[a:b] for a, b in zip([0, *cuts], [*cuts, len(word)])] if cuts else []
+
+    @functools.cached_property
+    def _joints(self) -> Joints:
+        return Joints(to_bytes(token) for token in self.vocab)
 
     def encode_spans(self, words: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """For each word its ids, and for each id the (start, end) of the characters that it covers at least in part."""
