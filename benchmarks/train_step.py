@@ -58,7 +58,7 @@ def theirs(args, ids, compiled: bool):
     return model, run
 
 
-def ours(args, ids, folder):
+def ours(args, ids, folder, remat: str):
     """run(steps) -> losses in this project."""
     import jax
     import jax.numpy as jnp
@@ -70,7 +70,7 @@ def ours(args, ids, folder):
     from vfm.train.state import TrainState
     from vfm.train.step import make_train_step
 
-    model, variables = huggingface.load(folder)
+    model, variables = huggingface.load(folder, remat=remat)
     tx = optax.adamw(RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
     step = jax.jit(
         make_train_step(objectives.build({"name": "next_token"}, model), tx, lambda _: RATE), donate_argnums=0
@@ -108,12 +108,14 @@ def main():
     model, eager = theirs(args, ids, compiled=False)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        runs = {"vfm": ours(args, ids, folder), "torch eager": eager}
+        runs = {"torch eager": eager}
+        for remat in ("none", "dots"):  # to compute elementwise steps again can be faster than to keep them
+            runs[f"vfm remat={remat}"] = ours(args, ids, folder, remat)
         if not args.no_compile:
             runs["torch compile"] = theirs(args, ids, compiled=True)[1]
         first = {name: run(3) for name, run in runs.items()}
     for name, losses in first.items():
-        print(f"{name:14s} losses of the first steps: {', '.join(f'{loss:.5f}' for loss in losses)}")
+        print(f"{name:15s} losses of the first steps: {', '.join(f'{loss:.5f}' for loss in losses)}")
         if not np.allclose(losses, first["torch eager"], rtol=1e-4):
             raise SystemExit(f"error: {name} does not train the same model as torch eager")
     wall: dict[str, list] = {name: [] for name in runs}
@@ -129,7 +131,7 @@ def main():
     for name in runs:
         w, c = statistics.median(wall[name]), statistics.median(cpu[name])
         print(
-            f"{name:14s} {1e3 * w:8.1f} ms/step ({w / base_wall:.2f} x torch eager; "
+            f"{name:15s} {1e3 * w:8.1f} ms/step ({w / base_wall:.2f} x torch eager; "
             f"{1e3 * min(wall[name]):.1f} to {1e3 * max(wall[name]):.1f})  CPU {1e3 * c:8.1f} ms ({c / base_cpu:.2f} x)"
         )
 

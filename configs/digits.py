@@ -52,6 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
 def model(image_size, patch_size, upsample, num_samples, n_fft, width=64, depth=2) -> dict:
     """The five blocks. Every modality has projectors, so that any of them can be `centre`."""
     transformer = {"width": width, "num_heads": 4, "mlp_dim": 2 * width}
+    # Elementwise steps are computed again in the backward pass: on CPU that is faster than to keep their results.
+    stack = {**transformer, "remat": "dots"}
     grid = tuple(side // patch_size for side in image_size)
     vocab_size, hop, frames = 256 + len(SPECIAL), 128, 4
     into = {"name": "mlp", "width": width, "hidden": 2 * width}
@@ -61,7 +63,7 @@ def model(image_size, patch_size, upsample, num_samples, n_fft, width=64, depth=
         "dtype": "float32",
         "encoders": {
             "text": {"name": "text", "vocab_size": vocab_size, "width": width},
-            "image": {"name": "vit", "image_size": image_size, "patch_size": patch_size, "depth": depth, **transformer},
+            "image": {"name": "vit", "image_size": image_size, "patch_size": patch_size, "depth": depth, **stack},
             "audio": {
                 "name": "audio",
                 "num_samples": num_samples,
@@ -70,11 +72,11 @@ def model(image_size, patch_size, upsample, num_samples, n_fft, width=64, depth=
                 "n_mels": 64,
                 "frames": frames,
                 "depth": depth,
-                **transformer,
+                **stack,
             },
         },
         "input_projectors": {"text": {"name": "linear", "width": width}, "image": into, "audio": into},
-        "backbone": {"name": "decoder_only", "depth": 2, "max_len": 64, **transformer},
+        "backbone": {"name": "decoder_only", "depth": 2, "max_len": 64, **stack},
         "output_projectors": {
             "text": {"name": "linear", "width": width},
             "image": {**out, "num_tokens": grid[0] * grid[1]},

@@ -59,6 +59,7 @@ def model(vocab_size: int, length: int, style: dict, width: int = 128, depth: in
             "num_heads": 4,
             "mlp_dim": 2 * width if style["gated"] else 4 * width,
             "max_len": 2 * length,
+            "remat": "dots",  # faster on CPU than to keep the results of elementwise steps
             **style,
         },
         "decoders": {"text": {"name": "text", "vocab_size": vocab_size, "tied": style is GPT2}},

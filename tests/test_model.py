@@ -101,7 +101,7 @@ def test_a_chain_that_does_not_fit_names_both_sides(changes, message):
     "changes, message",
     [
         ({"encoders__image__name": "vitt"}, "unknown block 'vitt' in model.encoders.image; did you mean 'vit'"),
-        ({"backbone__name": "encoder_only"}, "unknown block 'encoder_only' in model.backbone.*Known: .*decoder_only"),
+        ({"backbone__name": "recurrent"}, "unknown block 'recurrent' in model.backbone.*Known: .*decoder_only"),
         ({"encoders__image__dept": 3}, "unknown field 'dept' in model.encoders.image; did you mean 'depth'"),
         ({"encoder": {}}, "unknown field 'encoder' in model; did you mean 'encoders'"),
         ({"encoders__image__image_size": (9, 8)}, "patch_size=4 does not divide"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vfm.errors import UserError
-from vfm.layers.attention import Attention, make_mask
+from vfm.layers.attention import Attention, dot_product_attention, make_mask
 from vfm.layers.transformer import Transformer
 
 FIXTURE = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "functions" / "basic_layers" / "io.npz"
@@ -159,3 +159,22 @@ def test_misfits_are_told():
         Attention(num_heads=4).init(jax.random.key(0), x)
     with pytest.raises(UserError, match="num_kv_heads=3 does not divide num_heads=5"):
         Attention(num_heads=5, num_kv_heads=3).init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("window, softcap", [(None, None), (40, 3.0)])
+def test_causal_chunks_are_the_whole(window, softcap):
+    """A length that the chunks do not divide, grouped heads, padding and a bias; values and gradients."""
+    rng, T = np.random.default_rng(3), 150
+    q, k, v = (jnp.asarray(rng.normal(size=(2, T, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    bias = jnp.asarray(rng.normal(size=(1, 4, T, T)), jnp.float32)
+    padding = jnp.arange(T)[None] < jnp.asarray([[T], [70]])
+    mask = make_mask(jnp.arange(T), jnp.arange(T), causal=True, window=window, kv_mask=padding)
+
+    def run(q, k, v, causal):
+        y = dot_product_attention(q, k, v, mask=mask, bias=bias, scale=0.3, softcap=softcap, causal=causal)
+        y = jnp.where(mask.any(axis=-1)[:, 0, :, None, None], y, 0)  # what no key answers is undefined
+        return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+    step = jax.jit(jax.grad(run, (0, 1, 2), has_aux=True), static_argnums=3)
+    for found, wanted in zip(jax.tree.leaves(step(q, k, v, True)), jax.tree.leaves(step(q, k, v, False))):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)

@@ -170,7 +170,8 @@ class StackFields(BlockFields):
                 q_segments=None if context_segments is None else segment_ids,
                 kv_segments=context_segments,
             )
-        x, out = Transformer(**self.block_fields(), name="transformer")(x, **call, train=train)
+        fields = {**self.block_fields(), "causal": causal and cache is None and prefix is None}
+        x, out = Transformer(**fields, name="transformer")(x, **call, train=train)
         if cache is not None:
             out["cache"] = {**out["cache"], "valid": valid, **({"cross_valid": seen} if self.cross else {})}
         return x, {**out, "input": first}

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vfm.errors import unknown
+from vfm.layers.dense import dot_general
 from vfm.layers.mlp import ACTIVATIONS
 
 
@@ -48,7 +49,9 @@ class TextDecoder(nn.Module):
                 bias = self.param("bias", nn.initializers.zeros, (self.vocab_size,))
                 logits = logits + bias[None, None].astype(logits.dtype)
         else:
-            logits = nn.Dense(self.vocab_size, use_bias=self.use_bias, dtype=self.dtype, name="head")(x)
+            logits = nn.Dense(
+                self.vocab_size, use_bias=self.use_bias, dtype=self.dtype, dot_general=dot_general, name="head"
+            )(x)
         if self.fixed_bias:
             bias = self.variable("constants", "bias", jnp.zeros, (self.vocab_size,), jnp.float32)
             logits = logits + bias.value[None, None].astype(logits.dtype)

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vfm.layers.dense import dot_general
+
 
 class TextEncoder(nn.Module):
     """Token embedding: tokens int32[B, T] -> (float[B, T, D], out). Positions belong to the backbone.
@@ -30,4 +32,6 @@ class TextEncoder(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits float[B, T, V] by the transposed table, for a decoder with tied weights (Press & Wolf 2017)."""
-        return self.embedding.attend(x.astype(jnp.dtype(self.dtype)))
+        dtype = jnp.dtype(self.dtype)
+        table = self.embedding.embedding.astype(dtype).T
+        return dot_general(x.astype(dtype), table, (((x.ndim - 1,), (0,)), ((), ())))

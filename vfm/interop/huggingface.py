@@ -163,7 +163,7 @@ def _meaning(model: VFM) -> dict[str, Any]:
     """What a description says about the function: fields that have no effect, and free ones, left out."""
     d = describe(model)
     b = d["backbone"]
-    dead = [*_FREE, "cross", "use_bias"]
+    dead = [*_FREE, "cross", "causal", "use_bias"]
     if b["positions"] in ("learned", "sinusoidal"):
         dead.remove("max_len")
     else:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from vfm.errors import unknown
+from vfm.layers.dense import dot_general
 from vfm.sharding import constrain
 
 ACTIVATIONS = {
@@ -47,13 +48,15 @@ class MLP(nn.Module):
             raise unknown("activation", self.activation, ACTIVATIONS)
         act = ACTIVATIONS[self.activation]
         D = x.shape[-1]
-        h = nn.Dense(self.mlp_dim, use_bias=self.use_bias, dtype=self.dtype, name="up")(x)
+
+        def dense(name, width, **init):
+            return nn.Dense(width, use_bias=self.use_bias, dtype=self.dtype, dot_general=dot_general, name=name, **init)
+
+        h = dense("up", self.mlp_dim)(x)
         if self.gated:
-            h = h * act(nn.Dense(self.mlp_dim, use_bias=self.use_bias, dtype=self.dtype, name="gate")(x))
+            h = h * act(dense("gate", self.mlp_dim)(x))
         else:
             h = act(h)
         h = constrain(h, "batch", "length", "mlp")
         h = nn.Dropout(self.dropout, name="dropout")(h, deterministic=not train)
-        return nn.Dense(
-            D, use_bias=self.use_bias, dtype=self.dtype, kernel_init=residual_init(self.depth), name="down"
-        )(h)
+        return dense("down", D, kernel_init=residual_init(self.depth))(h)

@@ -40,6 +40,7 @@ class BlockFields(nn.Module):
       qk_norm, attention_scale, attention_softcap, rope_interleaved: see `Attention`
       num_experts: a mixture of experts (see `MoE`) in place of the MLP; experts_per_token, normalise_weights of it
       dropout: of every branch. depth: of the stack, for initialisation. remat: a policy of `REMAT`
+      cross, causal: set by the backbones: cross-attention over a context; the mask is causal (see `Attention`)
     """
 
     num_heads: int = 2
@@ -67,6 +68,7 @@ class BlockFields(nn.Module):
     normalise_weights: bool = True
     dropout: float = 0.0
     cross: bool = False
+    causal: bool = False
     remat: str = "none"
     dtype: str = "float32"
 
@@ -130,6 +132,7 @@ class Block(BlockFields):
                 softcap=self.attention_softcap,
                 rope_interleaved=self.rope_interleaved,
                 cross=cross,
+                causal=self.causal and not cross,
                 depth=self.depth,
                 dtype=self.dtype,
                 name=name,
