@@ -27,6 +27,13 @@ def test_specials_are_skipped_and_cannot_be_forged():
     assert tokenizer.decode([len(SPECIAL) + 0xFF]) == "\ufffd"
 
 
+def test_streaming_gives_whole_characters():
+    tokenizer = ByteTokenizer(SPECIAL)
+    stream = tokenizer.stream()
+    parts = [stream.push(i) for i in [1, *tokenizer.encode("é🎈"), 2, len(SPECIAL) + 0xE4]]
+    assert parts == ["", "", "é", "", "", "", "🎈", "", ""] and stream.finish() == "\ufffd"
+
+
 @pytest.mark.parametrize(
     "make, words",
     [

@@ -5,6 +5,7 @@ import shutil
 import struct
 
 import pytest
+from ml_collections import ConfigDict
 
 from tests.tokenizers.texts import FIXTURES, STRINGS, mixed
 from vfm import tokenizers
@@ -102,6 +103,10 @@ def test_config(folder):
     assert build(config | {"vocab_size": 701}).vocab_size == 701
     assert build({"name": "file", "path": str(folder)}).encode("x") == TRAINED.encode("x")
     assert tokenizers.untrained({"name": "bpe", "vocab_size": 300, "path": ""})
+    cfg = ConfigDict({"name": "bpe", "vocab_size": 300, "pattern": "cl100k", "path": "", "special": ("<pad>", "<eos>")})
+    assert tokenizers.untrained(cfg)
+    save(folder / "own", tokenizers.train_config(cfg, [TEXT]))
+    assert build(dict(cfg) | {"path": str(folder / "own")}).vocab_size == 300
     assert not tokenizers.untrained(config) and not tokenizers.untrained({"name": "byte"})
 
 

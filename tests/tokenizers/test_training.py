@@ -1,5 +1,6 @@
 import collections
 import gzip
+import itertools
 import json
 import random
 
@@ -8,9 +9,10 @@ import pytest
 from tests.tokenizers.texts import mixed
 from vfm import tokenizers
 from vfm.errors import UserError
-from vfm.tokenizers import corpus, split, training
+from vfm.tokenizers import corpus, learning, split, training
+from vfm.tokenizers.learning import learn
 from vfm.tokenizers.split import Splitter
-from vfm.tokenizers.training import count_words, learn
+from vfm.tokenizers.training import count_words
 
 TEXT = mixed(300_000, seed=2)
 DOCUMENTS = TEXT.split("\n\n")
@@ -63,16 +65,20 @@ def naive(words, counts, size, steps):
     return found
 
 
+def numbering(first: int):
+    """A new id for each pair, from `first` on."""
+    ids, names = itertools.count(first), {}
+    return lambda a, b: names.setdefault((a, b), next(ids))
+
+
 def test_learning_is_the_definition():
     rng = random.Random(0)
     for _ in range(200):
         letters, size = rng.randrange(1, 5), rng.randrange(1, 12)
-        words = [[rng.randrange(letters) for _ in range(rng.randrange(1, 12))] for _ in range(size)]
+        words = [[rng.randrange(letters) for _ in range(rng.randrange(14))] for _ in range(size)]
         counts = [rng.randrange(1, 5) for _ in words]
         expected = naive(words, counts, letters, 15)
-        ids = iter(range(letters, 1000))
-        names = {}
-        assert learn(words, counts, letters + 15, lambda a, b: names.setdefault((a, b), next(ids))) == expected
+        assert learn(words, counts, letters + 15, numbering(letters)) == expected
 
 
 @pytest.mark.parametrize("batch", [1000, 1 << 22])
@@ -134,6 +140,7 @@ def test_bytes_that_are_not_text_are_learned_as_they_are(tmp_path):
 
 def test_progress_is_reported(monkeypatch):
     monkeypatch.setattr(training, "EVERY", 0.0)
+    monkeypatch.setattr(learning, "EVERY", 0.0)
     monkeypatch.setattr(training, "BATCH", 20_000)
     lines = []
     tokenizers.train_bpe(DOCUMENTS, vocab_size=300, report=lines.append)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from vfm.errors import UserError
 from vfm.tokenizers.added import AddedToken
 from vfm.tokenizers.byte import ByteTokenizer
+from vfm.tokenizers.decoders import Stream
 from vfm.tokenizers.formats import byte_level_tokenizer, load, save, save_tiktoken
 from vfm.tokenizers.split import Splitter
-from vfm.tokenizers.tokenizer import Stream, Tokenizer
+from vfm.tokenizers.tokenizer import Tokenizer
 from vfm.tokenizers.training import train
 
 __all__ = [
     "TOKENIZERS", "AddedToken", "ByteTokenizer", "Stream", "Tokenizer", "build", "load", "save", "save_tiktoken",
-    "train_bpe", "untrained",
+    "train_bpe", "train_config", "untrained",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,7 @@ def train_bpe(
     of `split.PATTERNS` or an expression. special: ids 0, 1, … in this order. min_frequency: of pairs that are merged.
     workers: processes that count words; the result is the same for any number. report: is told the progress.
     Raises UserError for a vocab_size that is too small and for empty texts.
-    A run that trains its tokenizer first: `if untrained(cfg): save(folder, train_bpe(texts, **rest of cfg))`, and then
-    `build({"name": "bpe", "path": folder})`.
+    See `train_config` for a run that trains its tokenizer first.
     """
     special = tuple(special)
     model = train(
@@ -89,3 +89,13 @@ def train_bpe(
         report=report,
     )
     return byte_level_tokenizer(model, pattern, special)
+
+
+def train_config(cfg: Mapping, texts: Iterable[str], **options) -> Tokenizer:
+    """Trains the tokenizer that an `untrained` config asks for. options: workers and report of `train_bpe`.
+
+    A run that trains its tokenizer as its first step, and finds it again when it resumes:
+    `if untrained(cfg): save(folder, train_config(cfg, texts))`, then `build(dict(cfg) | {"path": folder})`.
+    """
+    fields = {name: value for name, value in dict(cfg).items() if name not in ("name", "path")}
+    return train_bpe(texts, **fields, **options)

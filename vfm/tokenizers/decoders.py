@@ -1,8 +1,9 @@
 """Decoders: the bytes that ids stand for, by the components of `tokenizer.json` or a SentencePiece model."""
 
 import codecs
+import collections
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vfm.errors import UserError, unknown
 from vfm.tokenizers.bpe import to_bytes
@@ -54,6 +55,34 @@ class Decoder:
             part = held + part
             held = b" " if self.gap and part.endswith(b" ") else b""
             yield part.removesuffix(b" ") if held else part
+
+
+class Stream:
+    """Text of ids that arrive one by one: `push(id)` gives what can be told so far, `finish()` the rest.
+
+    A character whose bytes are spread over several ids comes with the last of them. Together it is the text of all.
+    parts: ids -> the bytes of each, one by one. kept: id -> [id], or [] if it is left out. errors: see `Decoder`.
+    """
+
+    def __init__(
+        self,
+        parts: Callable[[Iterator[int]], Iterable[bytes]],
+        kept: Callable[[int], list[int]],
+        errors: str = "replace",
+    ):
+        self._waiting: collections.deque[int] = collections.deque()
+        self._parts = iter(parts(iter(self._waiting.popleft, None)))
+        self._kept, self._text = kept, codecs.getincrementaldecoder("utf-8")(errors)
+
+    def push(self, i: int) -> str:
+        """The text that this id completes; an id outside the vocabulary raises UserError."""
+        kept = self._kept(i)
+        self._waiting.extend(kept)
+        return "".join(self._text.decode(next(self._parts)) for _ in kept)
+
+    def finish(self) -> str:
+        """The text of the bytes that are left, U+FFFD where a character is incomplete."""
+        return self._text.decode(b"", final=True)
 
 
 def _clean(text: str) -> str:

@@ -1,7 +1,6 @@
 """A tokenizer: normalise, split into words, encode each word by a model, and the way back."""
 
 import array
-import codecs
 import collections
 import concurrent.futures
 import dataclasses
@@ -15,6 +14,7 @@ from vfm.errors import UserError, unknown
 from vfm.tokenizers import decoders, normalizers, pretokenizers
 from vfm.tokenizers.added import AddedToken, AddedTokens, check
 from vfm.tokenizers.bpe import BPE
+from vfm.tokenizers.decoders import Stream
 from vfm.tokenizers.normalizers import SPACE, Edit
 from vfm.tokenizers.pretokenizers import Cut
 from vfm.tokenizers.split import BLOCK
@@ -295,33 +295,9 @@ class Tokenizer:
             ids = [i for i in ids if i in known]  # a hole in the numbering
         return [i for i in ids if i not in skipped] if skipped else ids
 
-    def stream(self, *, keep_special: bool = False) -> "Stream":
+    def stream(self, *, keep_special: bool = False) -> Stream:
         """A decoder that takes ids one by one, as they are generated."""
-        return Stream(self, keep_special)
-
-
-class Stream:
-    """Text of ids that arrive one by one: `push(id)` gives what can be told so far, `finish()` the rest.
-
-    A character whose bytes are spread over several ids comes with the last of them. Together it is `decode(ids)`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, keep_special: bool = False):
-        self._tokenizer, self._keep_special = tokenizer, keep_special
-        self._waiting: collections.deque[int] = collections.deque()
-        self._parts = iter(tokenizer._decoder.parts(iter(self._waiting.popleft, None)))
-        self._text = codecs.getincrementaldecoder("utf-8")(tokenizer._decoder.errors)
-
-    def push(self, i: int) -> str:
-        """The text that this id completes."""
-        for kept in self._tokenizer._kept([i], self._keep_special):
-            self._waiting.append(kept)
-            return self._text.decode(next(self._parts))
-        return ""
-
-    def finish(self) -> str:
-        """The text of the bytes that are left, U+FFFD where a character is incomplete."""
-        return self._text.decode(b"", final=True)
+        return Stream(self._decoder.parts, lambda i: self._kept([i], keep_special), self._decoder.errors)
 
 
 def _checked(text: str | bytes) -> str:

@@ -1,14 +1,10 @@
-"""Training of byte-level BPE: which pairs to merge, learned from word counts.
+"""Training of byte-level BPE: texts -> counted words -> merges -> a model.
 
-Equal to the trainer of Hugging Face `tokenizers`, merge for merge: the most frequent pair first, of equally frequent
-ones the pair of smallest ids. Words are counted once, the counts of pairs are kept up to date by each merge, and a heap
-finds the next pair; its entries are corrected when they come up.
-Source: Sennrich et al. 2016 (arXiv:1508.07909).
+Source: Radford et al. 2019 (GPT-2), section 2.2.
 """
 
 import collections
 import concurrent.futures
-import heapq
 import logging
 import multiprocessing
 import time
@@ -16,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from vfm.errors import UserError
 from vfm.tokenizers.bpe import BPE, BYTE_OF, byte_characters
+from vfm.tokenizers.learning import EVERY, learn
 from vfm.tokenizers.split import Splitter
 
 log = logging.getLogger(__name__)
 BATCH = 1 << 22  # characters that are counted at a time
-EVERY = 5.0  # seconds between two reports
 
 
 def count_words(
@@ -81,81 +77,6 @@ def _in_workers(batches: Iterable[list[str]], splitter: Splitter, workers: int):
                 yield batch, future.result()
         for batch, future in waiting:
             yield batch, future.result()
-
-
-def learn(
-    words: list[list[int]],
-    counts: list[int],
-    size: int,
-    join: Callable[[int, int], int],
-    min_frequency: int = 0,
-    report: Callable[[str], None] = log.info,
-) -> list[tuple[int, int]]:
-    """Merges, in order, learned from words (lists of ids, changed in place) and how often each occurs.
-
-    join(a, b): the id of the merged token, a new one unless there is a token of the same text already.
-    Ends when an id of size - 1 exists, or when no pair occurs min_frequency times.
-    """
-    frequency: dict[tuple[int, int], int] = collections.defaultdict(int)
-    where: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-    for index, (word, count) in enumerate(zip(words, counts)):
-        for pair in zip(word, word[1:]):
-            frequency[pair] += count
-            if not where[pair] or where[pair][-1] != index:
-                where[pair].append(index)
-    heap = [(-frequency[pair], pair, found) for pair, found in where.items()]
-    heapq.heapify(heap)
-    del where
-    merges: list[tuple[int, int]] = []
-    last, told = -1, time.monotonic()
-    while heap and last < size - 1:
-        negative, pair, found = heap[0]
-        current = frequency[pair]
-        if current != -negative:
-            heapq.heapreplace(heap, (-current, pair, found))
-            continue
-        if current < max(1, min_frequency):
-            break
-        heapq.heappop(heap)
-        new = join(*pair)
-        last = max(last, new)
-        merges.append(pair)
-        for changed, places in _apply(pair, new, found, words, counts, frequency).items():
-            if frequency[changed] > 0:
-                heapq.heappush(heap, (-frequency[changed], changed, places))
-        if time.monotonic() - told > EVERY:
-            told = time.monotonic()
-            report(f"{len(merges)} merges, the last one of a pair that occurs {current} times")
-    return merges
-
-
-def _apply(pair, new, found, words, counts, frequency) -> dict[tuple[int, int], list[int]]:
-    """Merges a pair in the words where it was found; returns where the pairs are that this makes."""
-    a, b = pair
-    made: dict[tuple[int, int], list[int]] = {}
-    for index in found:
-        word, count = words[index], counts[index]
-        i, end = 0, len(word) - 1
-        while i < end:
-            if word[i] != a or word[i + 1] != b:
-                i += 1
-                continue
-            word[i : i + 2] = [new]
-            end -= 1
-            neighbours = []
-            if i:
-                frequency[word[i - 1], a] -= count
-                neighbours.append((word[i - 1], new))
-            if i < end:
-                frequency[b, word[i + 1]] -= count
-                neighbours.append((new, word[i + 1]))
-            for changed in neighbours:
-                frequency[changed] += count
-                places = made.setdefault(changed, [])
-                if not places or places[-1] != index:
-                    places.append(index)
-            i += 1
-    return made
 
 
 def train(
