@@ -334,7 +334,8 @@ def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, d
     for field, value in fields.items():
         declared = table[name].__dataclass_fields__[field]
         kind = declared.type
-        if value != declared.default and not _fits(value, kind):
+        an_id = field.endswith("_id") and type(value) is int and value == 0  # ids begin at 0, sizes and counts at 1
+        if value != declared.default and not an_id and not _fits(value, kind):
             what = {int: "a whole number > 0", float: "a number", str: "a string", bool: "true or false"}.get(
                 kind, kind
             )

@@ -41,7 +41,8 @@ def _read(kind: str):
         }
         text = {"scale": math.sqrt(width) if c.get("scale_embedding", False) else 1.0}
         decoder = {"tied": bool(c.get("tie_word_embeddings", True)), "fixed_bias": True}
-        return single("encoder_decoder", c, backbone, text, decoder if head == "lm" else None, None)
+        pad = c.get("pad_token_id", {"pegasus": 0, "marian": 58100}.get(kind, 1))
+        return single("encoder_decoder", c, backbone, text, decoder if head == "lm" else None, None, pad)
 
     return read
 
@@ -65,6 +66,7 @@ def _write(kind: str):
             "activation_function": activation_name(b["activation"], "gelu_new"),
             "scale_embedding": d["encoders"]["text"]["scale"] != 1,
             "tie_word_embeddings": d["decoders"].get("text", {}).get("tied", True),
+            "pad_token_id": d["encoders"]["text"]["pad_id"],
             "is_encoder_decoder": True,
         }
 

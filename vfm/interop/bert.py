@@ -68,7 +68,8 @@ def _read(kind: str):
             label = {"num_classes": classes, "pooling": "first", "transform": "tanh"}
             if kind == "distilbert":
                 label["transform"] = "relu"
-        return single("encoder_only", c, backbone, {}, decoder, label)
+        pad = c.get("pad_token_id", 1 if _is_roberta(kind) else 0)
+        return single("encoder_only", c, backbone, {}, decoder, label, pad)
 
     return read
 
@@ -91,8 +92,9 @@ def _write(kind: str):
         }
         if kind != "distilbert":
             c |= {"layer_norm_eps": b["norm_epsilon"], "type_vocab_size": b["num_token_types"]}
-        if _is_roberta(kind):
-            c["pad_token_id"] = b["position_offset"] - 1
+        c["pad_token_id"] = d["encoders"]["text"]["pad_id"]
+        if _is_roberta(kind) and c["pad_token_id"] != b["position_offset"] - 1:
+            return None
         if head == "classification":
             c["num_labels"] = d["decoders"]["label"]["num_classes"]
         return c

@@ -39,14 +39,10 @@ def refuse(c: Mapping[str, Any], kind: str, **allowed: Any) -> None:
             raise UserError(f"config.json: a {kind!r} model with {field}={found!r} is not supported, only {value!r}")
 
 
-def decoder_only(c, backbone, text, decoder, label) -> dict[str, Any]:
-    """`config.model` of a decoder-only model, in which `decoder` and `label` may be None."""
-    return single("decoder_only", c, backbone, text, decoder, label)
-
-
-def single(name: str, c, backbone, text, decoder, label) -> dict[str, Any]:
-    """`config.model` of a model of text alone."""
+def single(name: str, c, backbone, text, decoder, label, pad: int | None = None) -> dict[str, Any]:
+    """`config.model` of a model of text alone, in which `decoder` and `label` may be None. pad: see `TextEncoder`."""
     vocabulary = {"vocab_size": c["vocab_size"]}
+    text = {**text, "pad_id": pad}
     decoders = {} if decoder is None else {"text": {"name": "text", **vocabulary, **decoder}}
     if label is not None:
         decoders["label"] = {"name": "classifier", **label}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vfm.interop.configs import activation, activation_name, decoder_only, label_decoder, refuse, rope, rope_parameters
+from vfm.interop.configs import activation, activation_name, label_decoder, refuse, rope, rope_parameters, single
 from vfm.interop.weights import CONV1D, CONV1D_OUT, FLAT, LINEAR, LINEAR_OUT, SAME, Family, Tensor
 
 EMBEDDING = "encoders_text/embedding/embedding"
@@ -104,7 +104,8 @@ def _read(kind: str):
             refuse(c, kind, word_embed_proj_dim=c["hidden_size"])
             b |= {"position_offset": 2, "norm_epsilon": 1e-5}
             b["norm_position"] = "pre" if c.get("do_layer_norm_before", True) else "post"
-        return decoder_only(c, b, {}, decoder if head == "lm" else None, label_decoder(c, head))
+        pad = c.get("pad_token_id", 1) if kind == "opt" else None
+        return single("decoder_only", c, b, {}, decoder if head == "lm" else None, label_decoder(c, head), pad)
 
     return read
 
@@ -149,6 +150,7 @@ def _write(kind: str):
             }
         if kind == "opt":
             c |= {"do_layer_norm_before": b["norm_position"] == "pre", "word_embed_proj_dim": b["width"]}
+            c["pad_token_id"] = d["encoders"]["text"]["pad_id"]
         if head == "classification":
             c["num_labels"] = d["decoders"]["label"]["num_classes"]
         return c

@@ -95,7 +95,7 @@ def save(path: str, model: VFM, variables: Mapping[str, Any], **config: Any) -> 
     from safetensors.numpy import save_file
 
     kind, c = _family_of(model)
-    c = {**c, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), **config}
+    c = {**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), **c, **config}
     folder = pathlib.Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     params, family = _flatten(variables), FAMILIES[kind]

@@ -8,11 +8,11 @@ from vfm.errors import UserError
 from vfm.interop.configs import (
     activation,
     activation_name,
-    decoder_only,
     label_decoder,
     refuse,
     rope,
     rope_parameters,
+    single,
     window,
     window_fields,
 )
@@ -54,6 +54,9 @@ CLASSES = {
     "olmo2": "Olmo2", "olmo3": "Olmo3", "stablelm": "StableLm", "starcoder2": "Starcoder2", "cohere": "Cohere",
     "phi": "Phi", "phi3": "Phi3", "glm": "Glm", "glm4": "Glm4",
 }  # fmt: skip
+# Padding ids where config.json does not say; the others have none.
+PADS = {"gemma": 0, "gemma2": 0, "gemma3_text": 0, "olmo": 1, "olmo2": 1, "olmo3": 1, "cohere": 0, "phi3": 32000}
+PADS |= {"glm": 151329, "glm4": 151329}
 TIED = ("gemma", "gemma2", "gemma3_text", "cohere", "starcoder2")  # unless config.json says otherwise
 
 
@@ -115,7 +118,10 @@ def _read(kind: str):
             decoder["scale"] = c.get("logit_scale", 0.0625)
         tied = bool(c.get("tie_word_embeddings", kind in TIED))
         decoder["tied"] = tied
-        return decoder_only(c, {**backbone, **style}, text, decoder if head == "lm" else None, label_decoder(c, head))
+        head_, label = decoder if head == "lm" else None, label_decoder(c, head)
+        return single(
+            "decoder_only", c, {**backbone, **style}, text, head_, label, c.get("pad_token_id", PADS.get(kind))
+        )
 
     return read
 
@@ -138,6 +144,7 @@ def _write(kind: str):
             "attention_bias": b["qkv_bias"],
             "mlp_bias": b["mlp_bias"],
             "tie_word_embeddings": decoder.get("tied", True),
+            "pad_token_id": d["encoders"]["text"]["pad_id"],
             **rope_parameters(b, kind),
             **window_fields(b, kind),
         }
