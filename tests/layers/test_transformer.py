@@ -57,7 +57,7 @@ def test_the_scanned_stack_is_the_blocks_one_after_the_other(cross):
     assert out["layers"].shape == (DEPTH, 2, T, D)
     layers, shared = params["layers"], {"mask": MASK, "context": context}
     assert all(leaf.shape[0] == DEPTH for leaf in jax.tree.leaves(layers))
-    run = lambda params, x: block.apply({"params": params}, x, {}, shared, False)[0]
+    run = lambda params, x: block.apply({"params": params}, (x, None), {}, shared, False)[0][0]
     apply, x = jax.jit(run), X
     for i in range(DEPTH):
         x = apply(jax.tree.map(lambda leaf, i=i: leaf[i], layers), x)

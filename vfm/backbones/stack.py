@@ -90,7 +90,7 @@ class StackFields(BlockFields):
         if cache is not None:
             if segment_ids is not None:
                 raise UserError("packed rows cannot be continued: a call with a cache takes no segment_ids")
-            start = cache["index"][0]
+            start = cache["index"]
             write = jax.lax.dynamic_update_slice_in_dim
             valid = write(cache["valid"], input_mask, start, axis=1)
             index, q_index, segments = jnp.arange(valid.shape[1]), start + index, None
@@ -173,7 +173,7 @@ class StackFields(BlockFields):
         fields = {**self.block_fields(), "causal": causal and cache is None and prefix is None}
         x, out = Transformer(**fields, name="transformer")(x, **call, train=train)
         if cache is not None:
-            out["cache"] = {**out["cache"], "valid": valid, **({"cross_valid": seen} if self.cross else {})}
+            out["cache"] |= {"index": start + T, "valid": valid, **({"cross_valid": seen} if self.cross else {})}
         return x, {**out, "input": first}
 
     def _local(self) -> np.ndarray:
@@ -192,13 +192,13 @@ class StackFields(BlockFields):
         return x + self._table(name, rows)(jnp.zeros((1, 1), jnp.int32) if ids is None else ids)
 
     def init_cache(self, batch_size: int, length: int, context_length: int | None = None) -> dict[str, jax.Array]:
-        """An empty cache for `length` tokens: key, value float[L, B, S, M, K], index int32[L], valid bool[B, S]; with
+        """An empty cache for `length` tokens: key, value float[L, B, M, S, K], index int32[], valid bool[B, S]; with
         `context_length` also cross_key, cross_value, cross_valid for the context of a decoder."""
 
         def pair(name, length):
-            shape = (self.depth, batch_size, length, self.num_kv_heads or self.num_heads, self.key_dim)
+            shape = (self.depth, batch_size, self.num_kv_heads or self.num_heads, length, self.key_dim)
             zeros = jnp.zeros(shape, jnp.dtype(self.dtype))
             return {f"{name}key": zeros, f"{name}value": zeros, f"{name}valid": jnp.zeros((batch_size, length), bool)}
 
         cross = {} if context_length is None else pair("cross_", context_length)
-        return {**pair("", length), "index": jnp.zeros((self.depth,), jnp.int32), **cross}
+        return {**pair("", length), "index": jnp.zeros((), jnp.int32), **cross}

@@ -102,6 +102,15 @@ def dot_product_attention(
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, K)
 
 
+def _write(cache: jax.Array, x: jax.Array, layer: jax.Array, start: jax.Array | int) -> jax.Array:
+    """The cache float[L, B, M, S, K] with x float[B, T, M, K] at the positions from `start` on, in place under jit.
+
+    All layers are one array, and heads stand before positions, so that a step of generation copies and turns nothing.
+    """
+    x = x.swapaxes(1, 2)[None].astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, x, (layer, 0, 0, start, 0))
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017), grouped if `num_kv_heads` < `num_heads` (Ainslie et al. 2023).
 
@@ -114,9 +123,10 @@ class Attention(nn.Module):
 
     `x`: float[B, T, D] asks; `context`: float[B, S, D'] answers (None: `x` itself). `mask`: bool[B, 1, T, S], True
     where attention is allowed. `bias`: float[B | 1, N, T, S] on the logits. `table`: rotary tables of the query
-    tokens. `layer_scale`: float32[], a further factor of the logits. `cache`: {"key", "value": float[B, S, M, K],
-    "index": int32[]}; the new keys are written at `index`. Keys and values of a context are computed once, when
-    `context` is given, and read from cache["cross_key"], ["cross_value"] when it is not (`cross`).
+    tokens. `layer_scale`: float32[], a further factor of the logits. `cache`: {"key", "value": float[L, B, M, S, K] of
+    all layers, "index": int32[]}; the new keys are written at `index` of this layer, int32[]. Keys and values of a
+    context (`cross`) are computed and written when `context` is given, and read from "cross_key" and "cross_value" when
+    it is not.
     Returns float[B, T, D] and the cache (None without one).
     """
 
@@ -136,7 +146,7 @@ class Attention(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x, context=None, *, mask=None, bias=None, table=None, layer_scale=None, cache=None):
+    def __call__(self, x, context=None, *, mask=None, bias=None, table=None, layer_scale=None, cache=None, layer=None):
         B, T, D = x.shape
         kv_heads = self.num_kv_heads or self.num_heads
         if self.head_dim is None and D % self.num_heads:
@@ -180,24 +190,19 @@ class Attention(nn.Module):
         if layer_scale is not None:
             q = q * layer_scale.astype(q.dtype)
 
-        if self.cross and context is None:
-            k, v = cache["cross_key"], cache["cross_value"]
-        else:
-            source = context if self.cross or context is not None else x
+        names = ("cross_key", "cross_value") if self.cross else ("key", "value")
+        if not self.cross or context is not None:
+            source = x if context is None else context
             k, v = heads("key", kv_heads, source), heads("value", kv_heads, source)
             if self.qk_norm != "none":
                 k = normalised("key", k)
             if table is not None:
                 k = rotate(k, table, self.rope_interleaved)
-            if cache is not None and self.cross:
-                fit = lambda x, to: to.at[:, : x.shape[1]].set(x.astype(to.dtype))
-                cache = {**cache, "cross_key": fit(k, cache["cross_key"]), "cross_value": fit(v, cache["cross_value"])}
-                k, v = cache["cross_key"], cache["cross_value"]
-            elif cache is not None:
-                write = jax.lax.dynamic_update_slice_in_dim
-                k = write(cache["key"], k.astype(cache["key"].dtype), cache["index"], axis=1)
-                v = write(cache["value"], v.astype(cache["value"].dtype), cache["index"], axis=1)
-                cache = {**cache, "key": k, "value": v, "index": cache["index"] + T}
+            if cache is not None:
+                start = 0 if self.cross else cache["index"]
+                cache = {**cache, **{name: _write(cache[name], new, layer, start) for name, new in zip(names, (k, v))}}
+        if cache is not None:
+            k, v = (cache[name][layer].swapaxes(1, 2) for name in names)
         y = dot_product_attention(
             q,
             k.astype(q.dtype),

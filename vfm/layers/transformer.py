@@ -86,21 +86,22 @@ class BlockFields(nn.Module):
 class Block(BlockFields):
     """Transformer block: attention and MLP, each with a residual connection; float[B, T, D] -> float[B, T, D].
 
-    With `cross` a second attention, over a context, stands between the two. The call takes positional arguments only
-    and returns (x, (cache, out)), as `nn.scan` wants. `layer` holds what differs from layer to layer: cache (see
-    `Attention`), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits). `shared`
-    holds the rest: mask, bias, table and context, context_mask; local_mask and local_table for local layers.
+    With `cross` a second attention, over a context, stands between the two. The call takes positional arguments only,
+    the first of which is (x, cache of all layers or None), and returns ((x, cache), out), as `nn.scan` wants. `layer`
+    holds what differs from layer to layer: number (int32[], its place in the cache), local (bool[]: this layer's
+    attention is the local one), scale (float32[], of the logits). `shared` holds the rest: mask, bias, table and
+    context, context_mask; local_mask and local_table for local layers.
     """
 
     @nn.compact
-    def __call__(self, x, layer, shared, train):
+    def __call__(self, carry, layer, shared, train):
         if self.norm_position not in NORM_POSITIONS:
             raise unknown("norm_position", self.norm_position, NORM_POSITIONS, "model.backbone")
         if self.arrangement not in ARRANGEMENTS:
             raise unknown("arrangement", self.arrangement, ARRANGEMENTS, "model.backbone")
         before = self.norm_position in ("pre", "sandwich")
         after = self.norm_position in ("branch", "sandwich")
-        out, cache = {}, layer.get("cache")
+        (x, cache), out = carry, {}
         mask, table = shared.get("mask"), shared.get("table")
         if "local" in layer:
             choose = lambda local, all: jnp.where(layer["local"], local, all)
@@ -158,7 +159,13 @@ class Block(BlockFields):
 
         h = enter("attention", x)
         y, cache = attention("attention")(
-            h, mask=mask, bias=shared.get("bias"), table=table, layer_scale=layer.get("scale"), cache=cache
+            h,
+            mask=mask,
+            bias=shared.get("bias"),
+            table=table,
+            layer_scale=layer.get("scale"),
+            cache=cache,
+            layer=layer.get("number"),
         )
         if self.arrangement != "sequential":
             h = h if self.arrangement == "parallel_one_norm" else enter("mlp", x)
@@ -167,12 +174,16 @@ class Block(BlockFields):
             x = leave("attention", x + branch("attention", y))
             if self.cross:
                 y, cache = attention("cross_attention", cross=True)(
-                    enter("cross", x), shared.get("context"), mask=shared.get("context_mask"), cache=cache
+                    enter("cross", x),
+                    shared.get("context"),
+                    mask=shared.get("context_mask"),
+                    cache=cache,
+                    layer=layer.get("number"),
                 )
                 x = leave("cross", x + branch("cross", y))
             x = leave("mlp", x + branch("mlp", mlp(enter("mlp", x))))
         out["x"] = x
-        return x, (cache, out)
+        return (x, cache), out
 
 
 class Transformer(BlockFields):
@@ -180,7 +191,7 @@ class Transformer(BlockFields):
 
     x: float[B, T, D] -> (float[B, T, D], out) with out["layers"]: float[L, B, T, D], the residual stream after each
     block, out["cache"], and out["router_logits"] float32[L, B, T, E] of a mixture of experts. The arguments of the
-    call are those of `Block`; `local`, `scale` and `cache` have a leading layer axis.
+    call are those of `Block`; `local` and `scale` have a leading layer axis. `cache`: see `Attention`.
     """
 
     @nn.compact
@@ -213,7 +224,10 @@ class Transformer(BlockFields):
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.depth,
         )(**self.block_fields(), name="layers")
-        layer = {"local": local, "scale": scale, "cache": cache}
+        # The cache goes from layer to layer, and each writes its part in place: cut up and put together by the scan it
+        # would be copied several times for every token.
+        number = None if cache is None else jnp.arange(self.depth)
+        layer = {"local": local, "scale": scale, "number": number}
         shared = {
             "mask": mask,
             "bias": bias,
@@ -224,7 +238,7 @@ class Transformer(BlockFields):
             "context_mask": context_mask,
         }
         present = lambda arguments: {name: value for name, value in arguments.items() if value is not None}
-        x, (cache, out) = stack(x, present(layer), present(shared), train)
+        (x, cache), out = stack((x, cache), present(layer), present(shared), train)
         out["layers"], out["cache"] = out.pop("x"), cache
         if self.norm_position != "post":
             x = self.make_norm("norm")(x)
