@@ -39,6 +39,14 @@ setup(
         "test": [*TFDS, *PREPARE, "pytest>=9.2", "pytest-xdist>=3.8", "ruff>=0.17"],
         "prepare": PREPARE,
         # What parity tests compare with; they skip where it is absent.
-        "parity": ["torch>=2.13", "transformers>=5.23", "safetensors>=0.8", "datasketch>=2.0"],
+        "parity": [
+            "torch>=2.13",
+            "transformers>=5.23",
+            "safetensors>=0.8",
+            "datasketch>=2.0",
+            "tokenizers>=0.23",
+            "tiktoken>=0.14",
+            "sentencepiece>=0.2.3",
+        ],
     },
 )

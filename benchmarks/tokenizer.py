@@ -56,6 +56,10 @@ def cpu(function) -> tuple[float, object]:
     return time.process_time() - began, result
 
 
+def _column(figure: float | None) -> str:
+    return f"{'-' if figure is None else f'{figure:.2f}':>12}"
+
+
 def main(files: list[str]) -> int:
     import tiktoken
     import tokenizers
@@ -110,7 +114,7 @@ def main(files: list[str]) -> int:
     print(f"training: vfm {our_seconds:.2f} s, tokenizers {their_seconds:.2f} s")
     print(f"{'MB per CPU second':<20}" + "".join(f"{name:>12}" for name in names))
     for what in ("training speed", "encoding, cold", "encoding, warm"):
-        print(f"{what:<20}" + "".join(f"{speed.get((what, name), float('nan')):>12.2f}" for name in names))
+        print(f"{what:<20}" + "".join(_column(speed.get((what, name))) for name in names))
     missed = not same
     for (what, name), least in TARGETS.items():
         ratio = speed[what, "vfm"] / speed[what, name]

@@ -8,7 +8,7 @@ from tests.tokenizers.texts import STRINGS, code_points, mixed
 from vfm import tokenizers
 from vfm.errors import UserError
 from vfm.tokenizers import bpe, split
-from vfm.tokenizers.bpe import BPE, Merges, byte_characters, merge, merge_long
+from vfm.tokenizers.bpe import BPE, Merges, byte_characters, merge, merge_long, to_characters
 
 TEXT = mixed(40_000, seed=1)
 
@@ -95,6 +95,12 @@ def test_special_tokens_cannot_be_forged_unless_allowed(tokenizer):
         tokenizer.encode(text, allow_special=["<eoss>"])
 
 
+def test_of_special_tokens_that_begin_alike_the_longest_counts(tokenizer):
+    more = tokenizer.with_special(("<e", "<e>x", "<e>"))
+    names = ("<e>x", "<e", "<e>")
+    assert more.encode("".join(names), allow_special=True) == [more.token_id(name) for name in names]
+
+
 def test_special_tokens_are_added_behind_the_others(tokenizer):
     more = tokenizer.with_special(("<image>", "<eos>", "<audio>"))
     assert more.vocab_size == tokenizer.vocab_size + 2
@@ -155,6 +161,15 @@ def test_the_cache_is_bounded_and_changes_nothing(tokenizer, monkeypatch):
     monkeypatch.setattr(bpe, "_REMEMBERED", 50)
     assert copy.encode(TEXT) == expected
     assert len(copy.model.cache) <= 50
+
+
+def test_a_word_of_the_vocabulary_is_one_token_but_its_parts_are_merged():
+    """ignore_merges looks up whole words only: not the parts into which a long one is cut."""
+    base = {char: i for i, char in enumerate(byte_characters())}
+    whole = to_characters("你".encode())  # a token that no merge makes
+    model = BPE(base | {whole: 256}, [], ignore_merges=True)
+    assert model.cache["你"] == (256,)
+    assert model.cache["你你你"] == tuple(base[char] for char in whole * 3)
 
 
 def test_unknown_characters():

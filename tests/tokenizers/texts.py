@@ -1,5 +1,6 @@
 """Texts that tokenizers are tried on: the fixtures where they are, and mixed text that is made here."""
 
+import functools
 import inspect
 import json
 import pathlib
@@ -35,6 +36,7 @@ def code_points(seed: int, count: int) -> str:
     return "".join(chr(rng.randrange(*rng.choice(planes))) + rng.choices(*fill)[0] for _ in range(count))
 
 
+@functools.cache
 def mixed(size: int, seed: int = 0) -> str:
     """About `size` bytes: code, prose, Chinese, emoji, numbers, rare characters and long runs of spaces."""
     rng = random.Random(seed)

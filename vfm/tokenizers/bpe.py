@@ -24,7 +24,8 @@ def byte_characters() -> list[str]:
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-BYTE_OF = {char: byte for byte, char in enumerate(byte_characters())}
+_CHARACTERS = byte_characters()
+BYTE_OF = {char: byte for byte, char in enumerate(_CHARACTERS)}
 
 
 def to_bytes(token: str) -> bytes:
@@ -37,8 +38,7 @@ def to_bytes(token: str) -> bytes:
 
 def to_characters(data: bytes) -> str:
     """The token of a byte-level vocabulary for these bytes."""
-    characters = byte_characters()
-    return "".join(characters[byte] for byte in data)
+    return "".join(_CHARACTERS[byte] for byte in data)
 
 
 class Merges(dict):
@@ -202,7 +202,7 @@ class BPE:
     """Ids of a word.
 
     vocab: token -> id, as in `vocab.json`: with byte_level, bytes are written as the characters of
-    `byte_characters`. merges: pairs of tokens, the ones to be merged first in front; or `Joins` and the like.
+    `byte_characters`. merges: pairs of tokens, the ones to be merged first in front; or `Joins`.
     byte_fallback: a character without a token becomes tokens <0x00> … <0xFF>, if the vocabulary has them.
     unk_token: else this one (fuse_unk: one for all neighbours), else it is left out. ignore_merges: a word that is a
     token is that token, whatever the merges say, but for the ids `never`. prefix, suffix: of tokens that do not begin,
@@ -238,7 +238,7 @@ class BPE:
         self._whole = {to_bytes(token): i for token, i in whole.items()} if byte_level else whole
         self._bytes = [self.vocab.get(char) for char in byte_characters()] if byte_level else []
         self._plain = byte_level and None not in self._bytes and not prefix and not suffix
-        self.cache = Cache(self.encode)
+        self.cache, self._cache_of_parts = Cache(self.encode), Cache(self._encode_part)
 
     def _pairs(self, merges: Sequence[tuple[str, str]]) -> Merges:
         pairs, result = [], []
@@ -275,9 +275,12 @@ class BPE:
             if data in self._whole:
                 return (self._whole[data],)
             if parts:
-                return tuple(itertools.chain.from_iterable(map(self.cache.__getitem__, parts)))
+                return tuple(itertools.chain.from_iterable(map(self._cache_of_parts.__getitem__, parts)))
             return tuple(merge([self._bytes[byte] for byte in data], self.merges))
         return tuple(self._spans(word)[0])
+
+    def _encode_part(self, part: str) -> tuple[int, ...]:
+        return tuple(merge([self._bytes[byte] for byte in part.encode("utf-8")], self.merges))
 
     def _parts(self, word: str) -> list[str]:
         """The parts of a word between which no token reaches; none if it has no such places."""

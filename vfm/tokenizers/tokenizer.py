@@ -35,10 +35,9 @@ class Tokenizer:
     """Text to ids and back, with the interface of `ByteTokenizer`.
 
     model: `BPE`, `Unigram` or `WordPiece`. normalizer, pre_tokenizer, post_processor, decoder: the components of a
-    `tokenizer.json`, as they stand there, or None; `edits` and `decoder` may also be given as objects. added: tokens
-    besides those of the model. names: which tokens are "bos", "eos" and "pad"; found by their usual names where it does
-    not say.
-    A component that is not supported raises UserError.
+    `tokenizer.json`, as they stand there, or None; the decoder may be an object as well, and `edits` are given instead
+    of a normalizer. added: tokens besides those of the model. names: which tokens are "bos", "eos" and "pad", where
+    they have not one of the usual names. A component that is not supported raises UserError.
     """
 
     def __init__(
@@ -342,7 +341,9 @@ def _trimmed(token: bytes, start: int, end: int, prefixed: bool) -> tuple[int, i
 
 def _word_cuts(model) -> list[Cut]:
     """Splits in front of visible spaces, where no token of the model crosses such a place: the ids stay the same."""
-    if getattr(model, "byte_level", False) or SPACE not in model.vocab or isinstance(model, WordPiece):
+    if isinstance(model, WordPiece) or (isinstance(model, BPE) and (model.byte_level or model.ignore_merges)):
+        return []
+    if SPACE not in model.vocab:
         return []
     crossing = re.compile(f"[^{SPACE}]{SPACE}")
     if any(crossing.search(token) for token in model.vocab):
