@@ -1,5 +1,6 @@
 """Text sources: JSON lines (plain or gzip), and the source files of Python's own standard library."""
 
+import collections
 import gzip
 import json
 import os
@@ -129,36 +130,62 @@ class Stdlib:
 
     fractions: {split: share}; a file's split is the hash of its relative path, so a file keeps its split from
     one Python version to the next. limit: only the first files of the sorted list; 0 for all.
+    label: "" for none, or "package": the top folder that a file lies in, such as `asyncio`. Packages of fewer than
+    class_size files, all splits together, and files in no folder are no class, label -1.
     Left out: tests, installed packages, empty files, files that are not UTF-8.
-    Item: text str, path str. Source: the Python standard library, PSF licence version 2.
+    Item: text str, path str (and label int). Source: the Python standard library, PSF licence version 2.
     """
 
     SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+    LABELS = ("", "package")
 
-    def __init__(self, split: str, fractions: Mapping[str, float] | None = None, limit: int = 0):
+    def __init__(
+        self,
+        split: str,
+        fractions: Mapping[str, float] | None = None,
+        limit: int = 0,
+        label: str = "",
+        class_size: int = 20,
+    ):
         fractions = dict(fractions or {"train": 0.9, "validation": 0.05, "test": 0.05})
         check_split(split, fractions, "source 'stdlib'")
+        if label not in self.LABELS:
+            raise unknown("label", label, filter(None, self.LABELS), "source 'stdlib'")
         root = existing_dir(sysconfig.get_paths()["stdlib"], "source 'stdlib'")
+        paths = self._paths(root)
         self.files: list[tuple[str, str]] = []
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if self.SKIP & set(relative.parts[:-1]) or hash_split(relative.as_posix(), fractions) != split:
+        for path in paths:
+            if hash_split(path.as_posix(), fractions) != split:
                 continue
             try:
-                text = path.read_text(encoding="utf-8")
+                text = (root / path).read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):
                 continue
             if text:
-                self.files.append((relative.as_posix(), text))
+                self.files.append((path.as_posix(), text))
             if len(self.files) == limit:
                 break
         if not self.files:
             raise UserError(f"source 'stdlib': no file under {str(root)!r} falls into split {split!r}")
-        self.labels = None
+        self.labels, self.class_names = None, ()
+        if label:
+            sizes = collections.Counter(path.parts[0] for path in paths if len(path.parts) > 1)
+            self.class_names = tuple(sorted(name for name, size in sizes.items() if size >= class_size))
+            numbers = {name: number for number, name in enumerate(self.class_names)}
+            self.labels = np.asarray([numbers.get(path.split("/")[0], -1) for path, _ in self.files], np.int32)
+
+    def _paths(self, root: pathlib.Path) -> list[pathlib.Path]:
+        """All .py files, relative and sorted, without looking into the folders of SKIP."""
+        found = []
+        for folder, inner, names in os.walk(root):
+            inner[:] = set(inner) - self.SKIP
+            found += [pathlib.Path(folder, name).relative_to(root) for name in names if name.endswith(".py")]
+        return sorted(found, key=lambda path: path.parts)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> dict:
         path, text = self.files[index]
-        return {"text": text, "path": path}
+        label = {} if self.labels is None else {"label": int(self.labels[index])}
+        return {"text": text, "path": path, **label}

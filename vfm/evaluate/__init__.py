@@ -3,7 +3,10 @@
 `CHECKS[name](experiment)` raises `UserError` for a config that the evaluator cannot work with, before the training.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from vfm.errors import UserError, unknown
 
 
 class Evaluation(NamedTuple):
@@ -13,8 +16,37 @@ class Evaluation(NamedTuple):
     samples: dict[str, tuple[str, list[list[Any]]]]
 
 
+def options(experiment, name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.eval.NAME` says of an evaluator, over its defaults; `UserError` for a field that it has not."""
+    given = experiment.config.eval.get(name, {})
+    for field in given:
+        if field not in defaults:
+            raise unknown("field", field, defaults, f"config.eval.{name}")
+    return {**defaults, **given}
+
+
+def check_length(name: str, length: int, model) -> None:
+    """Refuses passages of `config.eval.NAME.length` tokens that are longer than the model."""
+    if length > model.backbone.max_len:
+        raise UserError(
+            f"config.eval.{name}.length={length} is longer than model.backbone.max_len={model.backbone.max_len}"
+        )
+
+
+def fewest(*limits: int | None) -> int:
+    """The smallest of several limits, of which 0 and None are none; 0 if there is none."""
+    return min((limit for limit in limits if limit), default=0)
+
+
 from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
+from vfm.evaluate.continuation import check_continuation, continuation  # noqa: E402
+from vfm.evaluate.probe import check_probe, probe  # noqa: E402
 from vfm.evaluate.text import check_text, text  # noqa: E402
 
-EVALUATORS = {"any_to_any": any_to_any, "text": text}
-CHECKS = {"any_to_any": check_any_to_any, "text": check_text}
+EVALUATORS = {"any_to_any": any_to_any, "continuation": continuation, "probe": probe, "text": text}
+CHECKS = {
+    "any_to_any": check_any_to_any,
+    "continuation": check_continuation,
+    "probe": check_probe,
+    "text": check_text,
+}
