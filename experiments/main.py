@@ -3,27 +3,38 @@
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from ml_collections import ConfigDict
 
 from experiments import command_line
 from vfm.errors import UserError
 
 
-def cli(argv: Sequence[str] | None = None) -> int:
+def _run(config: ConfigDict, workdir: str) -> None:
+    from vfm.run import run  # only now: what is wrong with the flags is told at once
+
+    run(config, workdir)
+
+
+def cli(
+    argv: Sequence[str] | None = None,
+    start: Callable[[ConfigDict, str], None] = _run,
+    usage: str = command_line.USAGE,
+) -> int:
     """Runs a command line (default: that of the process) and returns the exit status.
 
+    start: what to do with config and workdir; usage: the text of --help.
     0: done. 2: bad input, told in one line on stderr. 130: Ctrl-C. All other exceptions are bugs and go up.
     """
     options = None
     try:
         options = command_line.parse(sys.argv[1:] if argv is None else argv)
         if options.config is None:
-            print(command_line.USAGE)
+            print(usage)
         else:
             _log(options.verbosity)
-            from vfm.run import run  # only now: what is wrong with the flags is told at once
-
-            run(options.config, options.workdir)
+            start(options.config, options.workdir)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         cause = _cause(error)

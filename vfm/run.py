@@ -30,14 +30,20 @@ def run(config, workdir: str, devices: Sequence[jax.Device] | None = None) -> di
     """
     if config.mode not in MODES:
         raise unknown("mode", config.mode, MODES, "config.mode")
+    join(config)
+    experiment = Experiment(config, devices)
+    path = experiment.folder = prepare(workdir, config, write=distributed.is_main())
+    return MODES[config.mode](experiment, path)
+
+
+def join(config) -> None:
+    """Joins the processes of `config.distributed` or of the environment; before anything touches a device, once."""
     processes, known = config.get("distributed", {}), inspect.signature(distributed.initialize).parameters
     for field in processes:
         if field not in known:
             raise unknown("field", field, known, "config.distributed")
-    distributed.initialize(**{field: value for field, value in processes.items() if value != NOT_GIVEN.get(field)})
-    experiment = Experiment(config, devices)
-    path = experiment.folder = prepare(workdir, config, write=distributed.is_main())
-    return MODES[config.mode](experiment, path)
+    if not jax.distributed.is_initialized():
+        distributed.initialize(**{field: value for field, value in processes.items() if value != NOT_GIVEN.get(field)})
 
 
 def _checkpointer(experiment, path, read_only: bool = False) -> Checkpointer:

@@ -30,13 +30,17 @@ def plain(config: Any) -> Any:
     return [plain(item) for item in config] if isinstance(config, tuple | list) else config
 
 
+def identity(config: Any) -> dict[str, Any]:
+    """The fields of `flat` that say what a run is: all but those of FREE."""
+    is_free = lambda key: any(f"{key}.".startswith(f"{free}.") for free in FREE)
+    return {key: value for key, value in flat(config).items() if not is_free(key)}
+
+
 def differences(old: Any, new: Any) -> list[str]:
     """One text per field that differs between two configs, sorted; fields of FREE do not count."""
-    old, new, found = flat(old), flat(new), []
+    old, new, found = identity(old), identity(new), []
     for key in sorted({*old, *new}):
         before, after = old.get(key, ABSENT), new.get(key, ABSENT)
-        if any(f"{key}.".startswith(f"{free}.") for free in FREE):
-            continue
         # True and 1 are equal in Python, and mean something else in a config.
         if before == after and isinstance(before, bool) == isinstance(after, bool):
             continue

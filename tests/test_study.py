@@ -1,0 +1,218 @@
+"""The runner of studies: what is made, what is skipped, what goes on, and what is rebuilt from the records."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+import vfm.run
+from experiments import main, records
+from experiments.study import USAGE, resolve, run_name, study
+from tests import tiny
+from vfm import tree
+from vfm.errors import UserError
+from vfm.train import preemption
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
+
+
+def config(rates=(0.1, 0.2), **changes):
+    c = tiny.get_config("text")
+    c.study = {"module": "tests.tiny_study", "rates": rates, "seeds": (0, 1)}
+    c.title = "A tiny study"
+    c.lock()
+    c.update_from_flattened_dict(changes)
+    return c
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """(learning rate, seed, folder) of the runs that are made; they take no time, and their loss is rate + seed."""
+    made = []
+
+    def run(c, workdir):
+        made.append((c.optimizer.learning_rate, c.seed, workdir))
+        return {"test_loss": c.optimizer.learning_rate + c.seed, "step": c.train.steps, "train_seconds": 2.0}
+
+    monkeypatch.setattr(vfm.run, "run", run)
+    monkeypatch.setattr(
+        "experiments.study._analytic",
+        lambda c, folder: {"parameters.total": 10, "flops.step": 1000, "tokens": 4 * c.train.batch_size},
+    )
+    return made
+
+
+def test_every_run_leaves_one_record_and_finished_ones_are_skipped(tmp_path, runs, capsys):
+    found = study(config(), str(tmp_path))
+    assert [(rate, seed) for rate, seed, _ in runs] == [(0.1, 0), (0.2, 0), (0.1, 1), (0.2, 1)]
+    lines = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert lines == found and len({line["run"] for line in lines}) == 4
+    assert [workdir for *_, workdir in runs] == [str(tmp_path / "runs" / line["run"]) for line in lines]
+    last = lines[-1]
+    assert last["overrides"] == {"optimizer.learning_rate": 0.2, "seed": 1} and last["seed"] == 1
+    assert (last["parameters"], last["flops"], last["tokens"]) == (10, 1000 * tiny.STEPS, 64 * tiny.STEPS)
+    assert last["metrics"] == {"test_loss": 1.2, "step": tiny.STEPS} and last["seconds"] == 2.0
+    assert set(last["versions"]) == {"python", "jax", "flax", "optax", "numpy", "scikit-learn"}
+    assert last["config"]["optimizer"]["learning_rate"] == 0.2 and "study" not in last["config"]
+    table = "| rate | loss |\n| --- | --- |\n| 0.1 | 0.60 ± 0.71 |\n| 0.2 | 0.70 ± 0.71 |\n"
+    assert capsys.readouterr().out.startswith(table) and (tmp_path / "table.md").read_text().endswith(table)
+    assert "0.60 ± 0.71" in (tmp_path / "report.html").read_text() and (tmp_path / "figures/study.png").exists()
+    study(config(), str(tmp_path))
+    assert len(runs) == 4 and "is finished" in capsys.readouterr().err
+
+
+def test_a_grid_that_has_changed_makes_only_what_is_new(tmp_path, runs):
+    study(config(), str(tmp_path))
+    assert len(study(config((0.3, 0.2)), str(tmp_path))) == 6  # what was measured stays in the table
+    assert [rate for rate, *_ in runs[4:]] == [0.3, 0.3]
+    with pytest.raises(UserError, match="another config .train.steps was 20, is 21"):
+        study(config(**{"train.steps": 21}), str(tmp_path))
+    assert len(runs) == 6
+
+
+def test_table_and_figure_come_from_the_records_alone(tmp_path, runs, capsys):
+    study(config(), str(tmp_path / "a"))
+    wanted, line = (tmp_path / "a" / "table.md").read_text(), capsys.readouterr().out.splitlines()[0]
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "records.jsonl", tmp_path / "b")
+    # Neither the other fields of the config nor what the grid would be today matter.
+    study(config((7.0,), mode="report", **{"train.steps": 21}), str(tmp_path / "b"))
+    assert (tmp_path / "b" / "table.md").read_text() == wanted and line in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"records.jsonl", "table.md", "report.html", "figures"}
+    with pytest.raises(UserError, match="has no record of a run; --config.mode=train makes the runs"):
+        study(config(mode="report"), str(tmp_path / "c"))
+
+
+def test_a_line_that_a_crash_has_torn_is_made_again(tmp_path, runs):
+    path = tmp_path / "records.jsonl"
+    study(config((0.1,)), str(tmp_path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert len(study(config((0.1,)), str(tmp_path))) == 2
+    assert [rate for rate, seed, _ in runs if seed == 1] == [0.1, 0.1] and path.read_bytes() == whole
+    path.write_bytes(b"{}\n" + whole)
+    with pytest.raises(UserError, match="records.jsonl line 1 is not a JSON object with a run"):
+        study(config((0.1,)), str(tmp_path))
+
+
+def test_of_two_records_of_a_run_the_last_counts(tmp_path):
+    for value in (1, 2):
+        records.append(tmp_path / "records.jsonl", {"run": "a", "metrics": {"x": value}})
+    assert records.read(tmp_path / "records.jsonl") == [{"run": "a", "metrics": {"x": 2}}]
+    with pytest.raises(UserError, match="run b: loss is not finite"):
+        records.append(tmp_path / "records.jsonl", {"run": "b", "metrics": {"x": 1, "loss": float("nan")}})
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    real, asked = vfm.run.run, []
+    monkeypatch.setattr(vfm.run, "run", lambda c, workdir: real(c, workdir, jax.devices()[:1]))
+    monkeypatch.setattr(preemption.Preemption, "requested", lambda self, step: step == 5 and not asked.append(step))
+    fields = {"train.steps": 8, "checkpoint.every": 0, "eval.limit": 16, "eval.test_limit": 16, "study.seeds": (0,)}
+    c = config((0.01,), **fields)
+    assert study(c, str(tmp_path)) == [] and not (tmp_path / "records.jsonl").exists()
+    assert "stopped at step 5 of 8" in (said := capsys.readouterr().err) and "the study is not finished" in said
+    monkeypatch.setattr(preemption.Preemption, "requested", lambda self, step: False)
+    (found,) = study(c, str(tmp_path))
+    assert asked == [5] and "resuming at step 5 of 8" in capsys.readouterr().err
+    folder = tmp_path / "runs" / found["run"]
+    assert [record["step"] for record in tiny.history(folder) if record["split"] == "train"] == [3, 6, 8]
+    results = json.loads((folder / "results.json").read_text())
+    assert {**found["metrics"], "train_seconds": found["seconds"]} == results
+    experiment = vfm.run.Experiment(resolve(c, {}))
+    assert found["parameters"] == tree.count(experiment.abstract_state.params)
+    assert found["flops"] == 8 * vfm.run.step_flops(experiment) and found["tokens"] == 8 * 16 * 16
+
+
+def test_the_name_of_a_run_is_a_hash_of_what_it_is():
+    a = {"seed": 0, "mode": "train", "model": {"width": 16, "taps": (1, 2)}, "generate": {"text": "a"}}
+    assert run_name(a) == "1f9c0ac1b745"  # on every machine, with every version
+    assert (
+        run_name(dict(reversed(a.items()))) == run_name({**a, "mode": "plan", "generate": {"text": "b"}}) == run_name(a)
+    )
+    others = [{**a, "seed": 1}, {**a, "new": 0}, {**a, "model": {"width": 16, "taps": (2, 1)}}, {**a, "seed": False}]
+    assert len({run_name(c) for c in (a, *others)}) == 5
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ({"optimiser.learning_rate": 0.1}, "unknown field 'optimiser.learning_rate'.*Known: .*optimizer"),
+        ({"optimizer.rate": 0.1}, "unknown field 'optimizer.rate'.*Known: .*learning_rate"),
+        ({"seed.x": 1}, "unknown field 'seed.x'"),
+        ({"seed": "one"}, "config.seed='one' of a run"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(overrides, words):
+    with pytest.raises(UserError, match=words):
+        resolve(config(), overrides)
+
+
+def test_an_override_replaces_a_section_and_leaves_the_base_alone():
+    base = config()
+    found = resolve(base, {"objective": {"name": "masked", "label": 0.5}, "data.source.limit": 3})
+    assert found.objective.to_dict() == {"name": "masked", "label": 0.5} and found.is_locked
+    assert (found.data.source.limit, base.data.source.limit, base.objective.name) == (3, 4, "next_token")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"study.module": "tests.tiny_studies"}, "config.study.module='tests.tiny_studies' cannot be imported"),
+        ({"study.module": ""}, "config.study.module='' cannot be imported"),
+        ({"study.module": "tests.tiny"}, "config.study.module='tests.tiny' has no function runs"),
+        ({"study.rates": ()}, "the study has no runs"),
+        ({"study.rates": (0.1, 0.1)}, "two runs with the same config: optimizer.learning_rate=0.1, seed=0"),
+        ({"mode": "evaluate"}, "unknown mode 'evaluate' in config.mode of a study.*Known: plan, report, train"),
+        ({"data.source.name": "stdlibs"}, "run [0-9a-f]{12} .optimizer.learning_rate=0.1, seed=0.: unknown source"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        study(config(**changes), str(tmp_path))
+
+
+def test_a_config_without_a_study_is_told_which_command_to_use(tmp_path, capsys):
+    flags = ["--config=tests/tiny.py:text", f"--workdir={tmp_path}"]
+    assert main.cli(flags, study, USAGE) == 2
+    assert capsys.readouterr().err == (
+        "error: the config has no section 'study'; experiments.main is the command for a single run\n"
+    )
+    assert main.cli(["--help"], study, USAGE) == 0 and capsys.readouterr().out.startswith(
+        "usage: python -m experiments.s"
+    )
+
+
+def test_a_plan_lists_the_runs_and_writes_nothing(tmp_path, runs, capsys):
+    study(config((0.1,)), str(tmp_path))
+    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    study(config(mode="plan"), str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert [("finished" in line) for line in lines[2:6]] == [True, False, True, False]
+    assert lines[-1] == "4 runs, 8e+04 FLOPs" and len(runs) == 2 and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ((2.0,), "2"),
+        ((0.5, 0.5), "0.5"),
+        ((1.0, 1.02), "1.010 ± 0.014"),
+        ((100, 300), "200 ± 141"),
+        ((1e6, 1e6), "1e+06"),
+    ],
+)
+def test_spreads_show_two_digits_of_the_deviation(values, text):
+    assert str(records.spread(values)) == text
+
+
+def test_tables_in_markdown():
+    rows = [{"a|b": "x\ny", "n": 1234567, "f": 0.123456, "s": records.spread([1.0])}]
+    assert (
+        records.markdown(rows) == "| a\\|b | n | f | s |\n| --- | --- | --- | --- |\n| x y | 1,234,567 | 0.1235 | 1 |\n"
+    )
