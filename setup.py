@@ -27,6 +27,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13",
+        "safetensors>=0.8",
         "scikit-learn>=1.9",
         "scipy>=1.17",
         "tensorboardX>=2.6.5",
@@ -42,7 +43,6 @@ setup(
         "parity": [
             "torch>=2.13",
             "transformers>=5.23",
-            "safetensors>=0.8",
             "datasketch>=2.0",
             "tokenizers>=0.23",
             "tiktoken>=0.14",
