@@ -38,19 +38,22 @@ class Recency:
 
     def init_cache(self, batch_size, length):
         return {
-            "key": jnp.zeros((1, batch_size, length, 1, DIM)),
-            "index": jnp.zeros((1,), jnp.int32),
+            "key": jnp.zeros((1, batch_size, 1, length, DIM)),
+            "index": jnp.zeros((), jnp.int32),
             "valid": jnp.zeros((batch_size, length), bool),
         }
 
-    def apply(self, variables, tokens, *, input_mask, cache=None, train):
+    def apply(self, variables, tokens, *, input_mask=None, cache=None, method="", train):
+        if method == "text_logits":
+            return tokens @ variables["w"]
         B, T = tokens.shape
         cache = self.init_cache(B, T) if cache is None else cache
-        start, write = cache["index"][0], jax.lax.dynamic_update_slice_in_dim
-        key = write(cache["key"], variables["u"][tokens][None, :, :, None], start, axis=2)
+        start, write = cache["index"], jax.lax.dynamic_update_slice_in_dim
+        key = write(cache["key"], variables["u"][tokens][None, :, None], start, axis=3)
         valid = write(cache["valid"], input_mask, start, axis=1)
         number = jnp.cumsum(valid, axis=1)  # of the real tokens
         distance = jax.lax.dynamic_slice_in_dim(number, start, T, axis=1)[:, :, None] - number[:, None]
         weight = jnp.where(valid[:, None] & (distance >= 0), 0.7 ** jnp.maximum(distance, 0), 0)
-        logits = jnp.tanh(jnp.einsum("bts,bsk->btk", weight, key[0, :, :, 0])) @ variables["w"]
-        return logits, {"backbone": {"cache": {"key": key, "index": cache["index"] + T, "valid": valid}}}
+        x = jnp.tanh(jnp.einsum("bts,bsk->btk", weight, key[0, :, 0]))
+        cache = {"key": key, "index": cache["index"] + T, "valid": valid}
+        return x @ variables["w"], {"output": x, "backbone": {"cache": cache}}

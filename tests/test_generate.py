@@ -238,7 +238,8 @@ def test_the_program_stops_when_all_rows_have(quick):
 
     class Counted(Recency):
         def apply(self, *args, **kwargs):
-            jax.debug.callback(lambda: passes.append(1))
+            if "method" not in kwargs:
+                jax.debug.callback(lambda: passes.append(1))
             return super().apply(*args, **kwargs)
 
     def count(**options):

@@ -182,13 +182,15 @@ def prefill(model, plan: Plan, variables, inputs) -> tuple[jax.Array, Reader, Hi
         inputs, real = _end_together(inputs, inputs["input_mask"], moved, signals=("starts", "signal_starts"))
         tokens, text, room = inputs.get("tokens", jnp.zeros((B, T), jnp.int32)), is_text(model, inputs), ()
     cache = model.init_cache(B, real.shape[1] + plan.max_new, *room)
-    logits, out = model.apply(variables, **inputs, cache=cache, train=False)
+    _, out = model.apply(variables, **inputs, cache=cache, train=False)
+    # Of the last position alone: those of all, which the call gives, are then not computed.
+    logits = model.apply(variables, out["output"][:, -1:], train=False, method="text_logits")
     new = ((0, 0), (0, plan.max_new))
     history = History(
         jnp.pad(tokens.astype(jnp.int32), new, constant_values=plan.pad), jnp.pad(text, new), jnp.int32(0)
     )
     place = {name: inputs[name][:, -1:] for name in PLACE[model.backbone.kind] if name in inputs}
-    return logits[:, -1].astype(jnp.float32), Reader(out["backbone"]["cache"], place), history
+    return logits[:, 0].astype(jnp.float32), Reader(out["backbone"]["cache"], place), history
 
 
 def advance(model, variables, reader: Reader, tokens) -> tuple[jax.Array, Reader]:

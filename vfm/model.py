@@ -127,9 +127,7 @@ class VFM(nn.Module):
                 out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, train)}
         logits = None
         if "text" in self.decoders:
-            h = self._project_out("text", x, train)
-            extra = {"attend": self.encoders["text"].attend} if self.decoders["text"].tied else {}
-            logits, _ = self.decoders["text"](h, train=train, **extra)
+            logits = self.text_logits(x, train=train)
         for name in labels(self):
             written = separate and decoder_tokens is not None
             found, pooled = self.decoders[name](
@@ -140,6 +138,12 @@ class VFM(nn.Module):
                 out[name] = {"logits": found, **pooled}
                 logits = found if "text" not in self.decoders else logits
         return logits, out
+
+    def text_logits(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Logits float[B, T, V] of the text decoder for what the backbone gave, out["output"] float[B, T, D]."""
+        h = self._project_out("text", x, train)
+        extra = {"attend": self.encoders["text"].attend} if self.decoders["text"].tied else {}
+        return self.decoders["text"](h, train=train, **extra)[0]
 
     def _backbone_call(self, given, decoder_tokens, reads: bool, cache) -> dict[str, Any]:
         """The arguments of the backbone; `UserError` for one that it, or the model, does not have."""
