@@ -6,8 +6,9 @@
     configs/backbones.py                    decoder-only, next token
     configs/backbones.py:prefix_lm          decoder-only, prefix LM
     configs/backbones.py:encoder_only       encoder-only, masked LM
-    configs/backbones.py:encoder_decoder    encoder–decoder, span corruption; a step costs the FLOPs of the others
+    configs/backbones.py:encoder_decoder    encoder–decoder, span corruption (T5); a step costs the FLOPs of the others
     configs/backbones.py:small_encoder_decoder  the same with as many parameters as the others
+    configs/backbones.py:infilling          encoder–decoder, text infilling (BART); a step costs the FLOPs of the others
     configs/backbones.py:labelled           any labelled text: JSON lines train.jsonl, validation.jsonl, test.jsonl with
                                             text and label in --config.data.dir
     configs/backbones.py:smoke              a few steps of the first
@@ -27,13 +28,14 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<mask>", *(f"<extra_id_{i}>" for i in ran
 LAYERS = {
     "width": WIDTH,
     "num_heads": 4,
-    "max_len": LENGTH,
+    "max_len": 144,
     "norm_position": "pre",
     **LLAMA,
 }
 STACK = {**LAYERS, "depth": 4, "mlp_dim": 352}
 
-# What each model changes in the config. An encoder of 116 and a decoder of 26 positions take 128 tokens of text.
+# What each model changes in the config. The length is that of the encoder, with room for 128 tokens of text: of 116 of
+# 116 positions (the decoder has 26), or on average 105 of 143 (the decoder has 130).
 MODELS = {
     "decoder_only": {
         "model.backbone": {"name": "decoder_only", **STACK},
@@ -62,6 +64,17 @@ MODELS = {
         "data.corruption": {"name": "span_corruption", "rate": 0.15, "mean_span": 3.0},
         "data.length": 116,
     },
+    "infilling": {
+        "model.backbone": {"name": "encoder_decoder", **LAYERS, "depth": 2, "mlp_dim": 192},
+        "objective": {"name": "denoising"},
+        "data.corruption": {
+            "name": "text_infilling",
+            "rate": 0.3,
+            "mean_span": 3.0,
+            "permute_sentences": False,
+        },
+        "data.length": 143,
+    },
 }
 
 
@@ -85,7 +98,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.update(learning_rate=3e-3, weight_decay=0.1)
     c.optimizer.schedule.warmup_steps = 30
     c.eval.update(every=0, limit=64, test_limit=1000, batch_size=32, evaluators=("probe", "continuation"))
-    c.eval.probe = {"length": 96, "per_document": 4, "train_examples": 2000, "test_examples": 1000}
+    c.eval.probe = {"length": 96, "per_document": 8, "train_examples": 2000, "test_examples": 1000}
     c.eval.continuation = {"length": 96, "share": 0.25, "per_document": 2, "examples": 96}
     c.checkpoint.update(every=100, keep=1, keep_best=0)
     for field, value in MODELS.get(arg, MODELS["decoder_only"]).items():

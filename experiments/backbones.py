@@ -1,23 +1,29 @@
 """Table 3 of the survey as a study: encoder-only, decoder-only and encoder–decoder at matched cost, on real text.
 
-Every model is trained from scratch on the same amount of text with the objective of its family, and is then used as it
+Every model is trained from scratch on the same amount of text with an objective of its family, and is then used as it
 is, without fine-tuning, for one task of understanding and one of generation. The text is that of the source of
-`config.data`, by default the source files of Python's standard library, split by file.
+`config.data`, by default the source files of Python's standard library, split by file. Layers, tokenizer and optimizer
+are the same for all; nothing is tuned for any of them.
 
-Understanding: which package is a passage of 96 tokens from (the labels of the source)? A logistic regression on the
-mean of the features of one layer, which is chosen on training files; accuracy on passages of files that neither the
-model nor the probe has seen. Beside it the same for the untrained model, and the most frequent class.
+Understanding: which class (here: which package of the library) is a passage of 96 tokens from? A logistic regression on
+the mean of the features of one layer of the stack that reads the text. The layer is chosen on training files; the
+accuracy is that on passages of files that neither the model nor the regression has seen. Beside it the same for the
+untrained model, and the most frequent class.
 
 Generation: how well is the last quarter of a passage of such files predicted, token by token, from the text before it?
-In bits per byte, lower is better. It is the same event under the same condition for all families, so that the numbers
-compare: the decoder-only model reads the text in one pass; the encoder-only one is asked with one mask behind the text,
-once for every token; the encoder of an encoder–decoder reads the given part, and its decoder writes the rest as a last
-span. Special tokens are left out of all distributions. A number of FLOPs per byte says what these probabilities cost.
+In bits per byte, lower is better. It is the same event under the same condition for all, so that the numbers compare.
+The decoder-only model reads the text in one pass; the encoder-only one is asked with one mask behind the text, once for
+every token; the encoder of an encoder–decoder reads the given part, and its decoder writes the rest, as a last span
+(span corruption, T5) or behind the given part (text infilling, BART). Special tokens are left out of all
+distributions. The last quarter, 24 tokens, is longer than the spans of 3 tokens on average that masks stood for in
+training; that such models are good at filling gaps rather than at going on is a part of what is measured. FLOPs per
+byte say what these probabilities cost.
 
-A model is matched in FLOPs or in parameters if it is within 5 % of the decoder-only model (next token). Both are
-analytic: matrix products of training steps, counted on the program. The survey says: encoder-only weak at generation,
-strong at understanding, cheap; decoder-only strong at generation, weak at understanding, cheap; encoder–decoder strong
-at both, expensive.
+A model is matched in FLOPs or in parameters if it is within 5 % of the decoder-only one (next token). Both are
+analytic: matrix products of training steps, counted on the program, padding included.
+
+The survey says: encoder-only weak at generation, strong at understanding, cheap; decoder-only strong at generation,
+weak at understanding, cheap; encoder–decoder strong at both, expensive.
 """
 
 import json

@@ -13,6 +13,7 @@ FAMILIES = {
     "prefix_lm": ("decoder_only", "next_token"),
     "masked": ("encoder_only", "masked"),
     "span_corruption": ("encoder_decoder", "denoising"),
+    "text_infilling": ("encoder_decoder", "denoising"),
 }
 LENGTH, VOCABULARY = 24, 256 + len(SPECIAL) + 4  # four ids that no token has
 ANIMALS = ("cat", "dog", "cow")

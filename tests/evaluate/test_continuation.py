@@ -42,7 +42,17 @@ def span_corruption(model, variables, known, written):
     return model.apply(variables, tokens, decoder_tokens=decoder, train=False)[0]
 
 
-@pytest.mark.parametrize("ask", [next_token, prefix_lm, masked, span_corruption], ids=lambda ask: ask.__name__)
+def text_infilling(model, variables, known, written):
+    bos, eos, mask = (jnp.asarray([[families.SPECIAL.index(name)]]) for name in ("<bos>", "<eos>", "<mask>"))
+    tokens = jnp.concatenate([bos, known, mask, eos], axis=1)
+    decoder = jnp.concatenate([eos, bos, known, written], axis=1)
+    return model.apply(variables, tokens, decoder_tokens=decoder, train=False)[0]
+
+
+WAYS = [next_token, prefix_lm, masked, span_corruption, text_infilling]
+
+
+@pytest.mark.parametrize("ask", WAYS, ids=lambda ask: ask.__name__)
 def test_every_family_against_one_pass_per_token(ask, tmp_path):
     experiment = families.experiment(tmp_path, ask.__name__)
     variables = {"params": experiment.init_state().params}

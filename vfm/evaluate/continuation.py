@@ -46,8 +46,9 @@ def check_continuation(experiment) -> None:
     length = chosen["length"] or config.data.length
     if length < 2:
         raise UserError(f"config.eval.continuation.length={length} must be at least 2: a token and its continuation")
-    # Of an encoder: all tokens but one, a span's sentinel, <eos>.
-    check_length("continuation", length + (experiment.model.backbone.kind == "encoder_decoder"), experiment.model)
+    # An encoder reads all tokens but one, and special ones.
+    extra = {"span_corruption": 1, "text_infilling": 2}.get(name, 0)
+    check_length("continuation", length + extra, experiment.model)
 
 
 def _corruption(config) -> str:
@@ -70,6 +71,7 @@ def continuation(experiment, params, variables, split: str, limit: int | None) -
       prefix_lm        one pass; the given part is the prefix
       masked           one pass for every token: the text before it, then one mask, then nothing
       span_corruption  the encoder reads the given part and the sentinel of a last span; the decoder writes the span
+      text_infilling   the encoder reads the given part and a mask; the decoder writes all, and its first part is given
 
     Options in config.eval.continuation: length (tokens of a passage; 0: data.length), share (of its tokens that are
     predicted), per_document, examples (at most; also `limit`).
@@ -175,9 +177,22 @@ def _span(apply, corruption, batch, given, targets) -> jax.Array:
     return logits[:, 1:]
 
 
+def _infilling(apply, corruption, batch, given, targets) -> jax.Array:
+    known = batch["known"][:, None]
+    places = jnp.arange(given + 3)[None]
+    tokens = jnp.pad(batch["tokens"][:, :given], ((0, 0), (1, 2)), constant_values=corruption.bos_id)
+    tokens = jnp.where(places == known + 1, corruption.mask_id, tokens)
+    tokens = jnp.where(places == known + 2, corruption.eos_id, tokens)
+    start = jnp.asarray([[corruption.eos_id, corruption.bos_id]], tokens.dtype).repeat(len(targets), axis=0)
+    decoder_tokens = jnp.concatenate([start, batch["tokens"][:, :-1]], axis=1)
+    logits, _ = apply(tokens, input_mask=places < known + 3, decoder_tokens=decoder_tokens)
+    return _take(logits, known + 1 + jnp.arange(targets.shape[1])[None])
+
+
 WAYS: Mapping[str, Any] = {
     "next_token": _causal,
     "prefix_lm": _prefix,
     "masked": _masked,
     "span_corruption": _span,
+    "text_infilling": _infilling,
 }
