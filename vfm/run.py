@@ -85,6 +85,7 @@ def train(experiment: Experiment, path) -> dict[str, float]:
         logger.message(
             f"{tree.count(state.params):,} parameters on {experiment.mesh.size} device(s), mesh {mesh or 1}; "
             + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps")
+            + "; compiling the first"
         )
 
         def evaluate(state, step):
