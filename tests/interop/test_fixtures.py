@@ -131,7 +131,7 @@ def test_forward(loaded, name, case):
 
 def _with_gradients():
     """Models with the gradient of a loss; those whose blocks another one has as well are slow tests."""
-    quick = ("gpt2", "llama_gqa", "bert_pretraining", "bart", "t5_gated_gelu")
+    quick = ("gpt2", "bart")
     for name in _models():
         files = np.load(FIXTURES / name / "io.npz").files
         if "basic/out/loss" in files and "basic/out/aux_loss" not in files and "basic/grad/global_norm" in files:
@@ -148,5 +148,5 @@ def test_gradient_norm(loaded, name):
         logits, out = model.apply({**variables, "params": params}, **call, train=False)
         return losses(model, given, logits, out)
 
-    norm = float(optax.global_norm(jax.grad(loss)(variables["params"])))
+    norm = float(optax.tree.norm(jax.grad(loss)(variables["params"])))
     np.testing.assert_allclose(norm, float(io["basic/grad/global_norm"]), rtol=1e-4)
