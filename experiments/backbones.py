@@ -36,6 +36,13 @@ from vfm.errors import UserError, unknown
 
 TOLERANCE = 0.05
 REFERENCE = ("decoder_only", "next_token")
+METRICS = (
+    "probe_accuracy",
+    "probe_random_accuracy",
+    "probe_majority",
+    "continuation_bits_per_byte",
+    "continuation_flops_per_byte",
+)
 
 
 def runs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -54,6 +61,10 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each model, over its seeds."""
     groups: dict[str, list] = {}
     for record in records:
+        if missing := [name for name in METRICS if name not in record["metrics"]]:
+            raise UserError(
+                f"run {record['run']} has no {', '.join(missing)}: the study needs config.eval.evaluators=probe,continuation"
+            )
         groups.setdefault(json.dumps({**record["config"], "seed": None}, sort_keys=True), []).append(record)
     models = list(groups.values())
     reference = next((model for model in models if _kind(model[0]) == REFERENCE), models[0])[0]

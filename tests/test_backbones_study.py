@@ -101,6 +101,13 @@ def test_the_table_has_a_row_for_each_model():
     assert str(small["generation: bits per byte ↓"]) == "2.5"
 
 
+def test_a_run_without_a_score_is_named():
+    found = records()
+    del found[1]["metrics"]["probe_accuracy"]
+    with pytest.raises(UserError, match="run decoder_only0 has no probe_accuracy: .*evaluators=probe,continuation"):
+        study.summarize(found)
+
+
 def test_the_figure_shows_all_models_and_both_scores():
     drawing = study.figure(study.summarize(records()))
     understanding, generation, *costs = drawing.axes
