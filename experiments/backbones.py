@@ -62,9 +62,8 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[str, list] = {}
     for record in records:
         if missing := [name for name in METRICS if name not in record["metrics"]]:
-            raise UserError(
-                f"run {record['run']} has no {', '.join(missing)}: the study needs config.eval.evaluators=probe,continuation"
-            )
+            needs = "the study needs config.eval.evaluators=probe,continuation"
+            raise UserError(f"run {record['run']} has no {', '.join(missing)}: {needs}")
         groups.setdefault(json.dumps({**record["config"], "seed": None}, sort_keys=True), []).append(record)
     models = list(groups.values())
     reference = next((model for model in models if _kind(model[0]) == REFERENCE), models[0])[0]
