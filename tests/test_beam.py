@@ -64,6 +64,41 @@ def test_with_beams_for_all_prefixes_it_finds_the_best_of_all_answers(small, eos
     assert len(lengths) > 1 or eos_id == stop == ()
 
 
+def plain_search(logp, beams, eos, length_penalty, early_stopping):
+    """(tokens, score) of one prompt's answers, as `beam_search` describes them, with lists."""
+    next_logp = lambda prefix: [
+        logp[int("".join(map(str, (*prefix, t))).ljust(NEW, "0"), V), len(prefix)] for t in range(V)
+    ]
+    running, pool, score = [((), 0.0)], [], lambda item: -item[1]
+    for step in range(1, NEW + 1):
+        found = [((*seq, t), total + each) for seq, total in running for t, each in enumerate(next_logp(seq))]
+        found = sorted(found, key=score)
+        ended = lambda item, step=step: item[0][-1] in eos or step == NEW
+        new = [(seq, total / step**length_penalty) for seq, total in filter(ended, found[:beams])]
+        pool = sorted(pool + new, key=score)[:beams]
+        running = [item for item in found if not ended(item)][:beams]
+        if not running or (len(pool) == beams and early_stopping is True):
+            break
+        length = NEW if early_stopping == "never" and length_penalty > 0 else step
+        if len(pool) == beams and running[0][1] / length**length_penalty <= pool[-1][1]:
+            break
+    return pool
+
+
+@pytest.mark.parametrize(
+    "beams, eos, length_penalty, early_stopping",
+    [(2, (0, 2, 3), 1.0, False), (3, (4,), 2.0, "never"), (3, (1, 2), 0.5, True), (2, (0, 4), -1.0, False)],
+)
+def test_few_beams_find_what_a_plain_search_finds(small, beams, eos, length_penalty, early_stopping):
+    model, variables, batch, _, table = small
+    tokens, scores = beam_search(model, variables, batch, max_new=NEW, eos_id=eos, beams=beams, num_return=beams,
+                                 length_penalty=length_penalty, early_stopping=early_stopping)  # fmt: skip
+    for found, score, logp in zip(np.asarray(tokens), np.asarray(scores), table):
+        expected = plain_search(logp, beams, eos, length_penalty, early_stopping)
+        assert [tuple(row) for row in found] == [(*seq, *[eos[0]] * (NEW - len(seq))) for seq, _ in expected]
+        np.testing.assert_allclose(score, [each for _, each in expected], rtol=1e-4)
+
+
 def test_one_beam_is_greedy(small):
     model, variables, batch, *_ = small
     arguments = dict(max_new=9, eos_id=2, pad_id=1, no_repeat_ngram_size=3, min_new=2)
