@@ -9,7 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfm.errors import UserError
-from vfm.generate import PLACE, Plan, Reader, advance, append, ends, inputs_of, make_plan, newest, prefill, stop_table
+from vfm.generate import (
+    PLACE,
+    Plan,
+    Reader,
+    advance,
+    append,
+    ends,
+    for_steps,
+    inputs_of,
+    make_plan,
+    newest,
+    prefill,
+    stop_table,
+)
 from vfm.sampling import History
 
 # What the decoder does not write: it is the same for all beams of a prompt.
@@ -49,6 +62,7 @@ def beam_search(
     pad_id: int | None = None,
     stop: Sequence[Sequence[int]] | np.ndarray = (),
     start_id: int | None = None,
+    unroll: bool = False,
     **constraints,
 ) -> tuple[jax.Array, jax.Array]:
     """The `num_return` best answers that were found: (int32[B, num_return, max_new], float32[B, num_return]).
@@ -71,7 +85,7 @@ def beam_search(
         raise UserError(f"num_return={num_return} is more than beams={beams}")
     if early_stopping not in EARLY_STOPPING:
         raise UserError(f'early_stopping={early_stopping!r} must be true, false or "never"')
-    plan = make_plan(model, batch, max_new, eos_id, pad_id, start_id, **constraints)
+    plan = make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **constraints)
     if plan.sampling.temperature:
         raise UserError(f"temperature={plan.sampling.temperature} does not go with beams={beams}: set it to 0")
     options = (beams, num_return, float(length_penalty), early_stopping)
@@ -96,8 +110,10 @@ def _search(model, plan, options, variables, inputs, stop):
     )
     select = functools.partial(_select, plan, *rest, stop)
 
+    later = for_steps(plan, variables)
+
     def body(state):
-        logits, reader = advance(model, variables, state.reader, newest(state.history, plan.max_new))
+        logits, reader = advance(model, later, state.reader, newest(state.history, plan.max_new))
         return select(logits, state._replace(reader=reader))
 
     state = jax.lax.while_loop(

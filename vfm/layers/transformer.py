@@ -1,11 +1,13 @@
 """The Transformer block and the scanned stack that every encoder and backbone is made of."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vfm import tree
 from vfm.errors import unknown
 from vfm.layers.attention import Attention
 from vfm.layers.mlp import MLP
@@ -238,8 +240,35 @@ class Transformer(BlockFields):
             "context_mask": context_mask,
         }
         present = lambda arguments: {name: value for name, value in arguments.items() if value is not None}
-        (x, cache), out = stack((x, cache), present(layer), present(shared), train)
+        cut = self.variables.get("params", {}).get("layers", {})
+        run = functools.partial(self._one_by_one, cut) if "0" in cut else stack
+        (x, cache), out = run((x, cache), present(layer), present(shared), train)
         out["layers"], out["cache"] = out.pop("x"), cache
         if self.norm_position != "post":
             x = self.make_norm("norm")(x)
         return x, out
+
+    def _one_by_one(self, params, carry, layer, shared, train):
+        """As the scanned stack, with parameters that `unstack` gave."""
+        found = []
+        for i in range(self.depth):
+            block = Block(**self.block_fields(), parent=None)
+            carry, out = block.apply(
+                {"params": params[str(i)]}, carry, {name: leaf[i] for name, leaf in layer.items()}, shared, train
+            )
+            found.append(out)
+        return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+
+def unstack(params: Any) -> dict[str, Any]:
+    """The parameters of a backbone with its layers cut out of their stack, as `Transformer` takes them too.
+
+    For many calls with the same parameters, such as the steps of generation: a scan copies each layer's parameters out
+    of the stack on CPU, every time. The program then has every layer's code, and takes longer to compile.
+    """
+    found = {}
+    for path, leaf in tree.flatten(params).items():
+        before, stacked, after = path.rpartition("transformer/layers/")
+        parts = {f"{before}{stacked}{i}/{after}": leaf[i] for i in range(len(leaf))} if stacked else {path: leaf}
+        found |= parts
+    return tree.unflatten(found)
