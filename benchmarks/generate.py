@@ -3,10 +3,11 @@
     python -m benchmarks.generate [--width=256 --depth=6 --heads=8 --vocab=4096 --prompt=64 --new=128 --batches=1,8]
 
 "vfm, unrolled" is `generate(..., unroll=True)`: its compilation takes longer, its steps are faster where a model is
-large. The same GPT-2-like model (random weights written by `transformers`, read by `vfm.interop`), the same prompts, fp32; the
-tokens of both sides are compared before anything is timed. The prompt is part of the time, compilation is not. Rounds
-alternate between the sides, so that other load on the machine meets both; the medians are reported, in wall time and
-in CPU time of the process. Exits with status 1 where the unrolled side is not ahead in wall time. Needs `.[parity]`.
+large. The same GPT-2-like model (random weights written by `transformers`, read by `vfm.interop`), the same prompts,
+fp32; the tokens of both sides are compared before anything is timed. The prompt is part of the time, compilation is
+not. Rounds alternate between the sides, so that other load on the machine meets both; the medians are reported, in wall
+time and in CPU time of the process, which is kept on `--threads` cores (Linux). Exits with status 1 where the unrolled
+side is not ahead in wall time. Needs `.[parity]`.
 """
 
 import argparse
@@ -75,8 +76,8 @@ def ours(args, folder):
 def main() -> int:
     """Prints a line per batch size and side."""
     args = arguments()
-    if args.threads == 1:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:
