@@ -269,6 +269,17 @@ def test_constraints_reach_the_program(quick):
         assert len({*row.tolist(), *prompt[:length].tolist()}) == 8 + len(set(prompt[:length].tolist()))
 
 
+def test_masks_may_be_numbers_or_left_out(quick):
+    model, variables, batch = quick
+    expected = generate(model, variables, batch, max_new=4, eos_id=(2, 3), forced_eos_id=[2, 3])
+    numbers = {name: np.asarray(x, np.int64) for name, x in batch.items()}
+    found = generate(model, variables, numbers, max_new=4, eos_id=np.array([2, 3]), forced_eos_id=(2, 3))
+    np.testing.assert_array_equal(found, expected)
+    full = {"tokens": batch["tokens"][:1]}  # the first row has no padding
+    found = generate(model, variables, full, max_new=4, eos_id=[2, 3], forced_eos_id=(2, 3))
+    np.testing.assert_array_equal(found, expected[:1])
+
+
 def test_items_are_no_text_that_is_repeated():
     model, variables = build(LLAMA)
     batch = prompts()
@@ -339,5 +350,9 @@ def test_bad_requests_are_told():
     ):
         with pytest.raises(UserError, match=message):
             generate(model, variables, prompts(), **{"max_new": 1, "eos_id": 0, **fields})
+    silent = model_lib.build({"centre": "vector", "backbone": {"name": "decoder_only", "width": D},
+                              "encoders": {"vector": {"name": "vector", "num_features": 3, "width": D}}})  # fmt: skip
+    with pytest.raises(UserError, match="without decoders.text gives no text"):
+        generate(silent, {}, {"input_mask": np.ones((1, 3), bool)}, max_new=1, eos_id=0)
     with pytest.raises(UserError, match="steps=0 must be"):
         fill(model, variables, prompts(), mask_id=0, steps=0)

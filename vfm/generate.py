@@ -69,9 +69,9 @@ def generate(
 ) -> jax.Array:
     """Continues every row of `batch`: -> int32[B, max_new].
 
-    The prompts may be of unequal length, padded at either end (`input_mask`, see `VFM`). A row ends with an
-    `eos_id` (one or several; `()`: none) or a `stop` sequence, which it keeps; `pad_id` (by default the first
-    `eos_id`) fills it up. The program ends when all rows have.
+    The prompts may be of unequal length, padded at either end (`input_mask`, see `VFM`; without it there is no
+    padding). A row ends with an `eos_id` (one or several; (): none) or a `stop` sequence, which it keeps; `pad_id` (by
+    default the first `eos_id`) fills it up. The program ends when all rows have.
 
     stop: sequences of token ids, or what `vfm.stopping.stop_strings` gives.
     start_id: what the decoder of an encoder-decoder begins with, where the batch has no `decoder_tokens`.
@@ -84,7 +84,8 @@ def generate(
     Raises `UserError` for fields out of range, and for prompts too long for the backbone.
     """
     plan = make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling)
-    keys, stop, inputs = _keys(plan, rng, batch), stop_table(model, stop), inputs_of(batch)
+    inputs, stop = inputs_of(batch), stop_table(model, stop)
+    keys = _keys(plan, rng, len(inputs["input_mask"]))
     return _generate(model, plan, variables, inputs, stop, keys)
 
 
@@ -93,12 +94,13 @@ def stream(
 ):
     """As `generate`, token by token: an iterator of int32[B], at most `max_new` of them, until all rows have ended."""
     plan = make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling)
-    keys, stop, inputs = _keys(plan, rng, batch), stop_table(model, stop), inputs_of(batch)
+    inputs, stop = inputs_of(batch), stop_table(model, stop)
+    keys = _keys(plan, rng, len(inputs["input_mask"]))
 
     def tokens() -> Iterator[jax.Array]:
         state, token, ended = _first(model, plan, variables, inputs, stop, keys)
         yield token
-        later = jax.jit(for_steps, static_argnums=0)(plan, variables)
+        later = jax.jit(for_steps, static_argnums=0)(plan, variables) if unroll else variables
         while not ended:
             state, token, ended = _next(model, plan, later, stop, keys, state)
             yield token
@@ -110,6 +112,8 @@ def make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **samplin
     """Checks a request against the model."""
     if model.backbone.kind == "encoder_only":
         raise UserError("an encoder-only backbone continues no text: fill masked positions with vfm.generate.fill")
+    if "text" not in model.decoders:
+        raise UserError("a model without decoders.text gives no text")
     if isinstance(max_new, bool) or not isinstance(max_new, int) or max_new < 1:
         raise UserError(f"max_new={max_new!r} must be a whole number >= 1")
     known = [field.name for field in dataclasses.fields(Sampling)]
@@ -122,12 +126,12 @@ def make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **samplin
             raise UserError("an encoder-decoder needs start_id, with which its answers begin, or decoder_tokens")
         length = batch["decoder_tokens"].shape[1] if "decoder_tokens" in batch else 1
     else:
-        length = batch["input_mask"].shape[1]
+        length = np.shape(batch["input_mask"] if "input_mask" in batch else batch["tokens"])[1]
     check_length(model, length, max_new)
     rows = model.backbone.num_block_positions if "block_positions" in batch else None
     if rows is not None and max_new >= rows:
         raise UserError(f"{max_new} new tokens do not fit in a blank of model.backbone.num_block_positions={rows}")
-    eos = tuple(map(int, eos_id)) if isinstance(eos_id, Sequence) else (int(eos_id),)
+    eos = tuple(map(int, np.atleast_1d(eos_id)))
     pad = pad_id if pad_id is not None else eos[0] if eos else 0
     return Plan(max_new, eos, int(pad), None if start_id is None else int(start_id), bool(unroll), sampling)
 
@@ -153,13 +157,12 @@ def stop_table(model, stop) -> np.ndarray | None:
     return stop_tokens(stop, model.decoders["text"].vocab_size) if len(stop) else None
 
 
-def _keys(plan, rng, batch):
+def _keys(plan, rng, rows):
     """A key per row; None for greedy choice."""
     if not plan.sampling.temperature:
         return None
     if rng is None:
         raise UserError("generate: sampling at a temperature needs a key: pass rng=jax.random.key(seed)")
-    rows = batch["input_mask"].shape[0]
     if jnp.ndim(rng):
         if rng.shape != (rows,):
             raise UserError(f"generate: rng holds {rng.shape} keys for {rows} rows; pass one key, or one per row")
@@ -168,8 +171,11 @@ def _keys(plan, rng, batch):
 
 
 def inputs_of(batch) -> dict:
-    """The entries of a batch that the model reads."""
-    return {name: batch[name] for name in INPUTS if name in batch}
+    """The entries of a batch that the model reads; masks as bool, and `input_mask` also where it is left out."""
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    if "input_mask" not in inputs:
+        inputs["input_mask"] = np.ones(np.shape(inputs["tokens"]), bool)
+    return {name: jnp.asarray(x, bool) if name.endswith("_mask") else x for name, x in inputs.items()}
 
 
 # ------------------------------------------------------------------------------- inside the program
@@ -346,8 +352,8 @@ def fill(model, variables, batch, *, mask_id: int, steps: int = 10, suppress: Se
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _fill(model, steps, variables, inputs, mask_id, forbidden):
-    given, real = inputs["tokens"], inputs.get("input_mask")
-    free = (given == mask_id) if real is None else (given == mask_id) & real
+    given = inputs["tokens"]
+    free = (given == mask_id) & inputs["input_mask"]
     count = free.sum(axis=1, keepdims=True)
 
     def body(t, carry):
@@ -356,9 +362,8 @@ def _fill(model, steps, variables, inputs, mask_id, forbidden):
         n = count * (steps - t) // steps
         rank = jnp.argsort(jnp.argsort(jnp.where(free, certainty, jnp.inf), axis=1), axis=1)
         masked = free & (rank < n)
-        logits = model.apply(variables, **{**inputs, "tokens": jnp.where(masked, mask_id, tokens)}, train=False)[
-            0
-        ].astype(jnp.float32)
+        call = {**inputs, "tokens": jnp.where(masked, mask_id, tokens)}
+        logits = model.apply(variables, **call, train=False)[0].astype(jnp.float32)
         logp = jax.nn.log_softmax(logits, axis=-1).at[:, :, forbidden].set(-jnp.inf)
         tokens = jnp.where(masked, jnp.argmax(logp, axis=-1).astype(jnp.int32), tokens)
         return tokens, jnp.where(masked, logp.max(axis=-1), certainty)

@@ -61,6 +61,8 @@ class Sampling:
     def __post_init__(self):
         for name in ("suppress", "begin_suppress"):  # hashable, as a static argument of jit must be
             object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
+        if isinstance(self.forced_eos_id, Sequence):
+            object.__setattr__(self, "forced_eos_id", tuple(self.forced_eos_id))
         for name in ("top_k", "no_repeat_ngram_size", "min_new"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
