@@ -92,16 +92,11 @@ def _train(values: flags.FlagValues, files: list[str]) -> None:
 
 def _source(config) -> Iterator[str]:
     """The texts of a config's data source, split "train"."""
-    from vfm.data.sources import build_source  # only here: it imports what reads images and sounds as well
+    from vfm.data.sources import texts  # only here: it imports what reads images and sounds as well
 
     if "source" not in config.get("data", {}):
         raise UserError("the config has no data.source with texts; give text files instead")
-    source = build_source(config.data.source, "train")
-    for index in range(len(source)):
-        item = source[index]
-        if "text" not in item:
-            raise UserError(f"source {config.data.source.name!r} gives {sorted(item)}, no 'text'")
-        yield item["text"]
+    return texts(config.data.source, "train")
 
 
 def _report(line: str) -> None:

@@ -113,14 +113,13 @@ class Experiment:
             raise UserError("config.tokenizer: a tokenizer that is trained first needs the folder of the run")
         folder = self.folder / "tokenizer"
         if distributed.is_main() and not folder.exists():
-            fields = {name: value for name, value in plain(cfg).items() if name not in ("name", "path")}
             source = self.config.data.get("source")
             if source is None:
                 raise UserError("config.tokenizer: training one needs config.data.source, with texts")
-            documents = data.build_source(source, "train")
-            texts = (documents[i]["text"] for i in range(len(documents)))
+            # The data set tells of what is skipped when it reads the same records.
+            texts = data.texts(source, "train", [] if self.config.data.get("skip_corrupt", False) else None)
             report = lambda line: print(f"tokenizer: {line}", file=sys.stderr, flush=True)
-            trained = tokenizers.train_bpe(texts, **fields, report=report)
+            trained = tokenizers.train_config(plain(cfg), texts, report=report)
             partial = folder.with_name("tokenizer-partial")
             shutil.rmtree(partial, ignore_errors=True)
             tokenizers.save(partial, trained)

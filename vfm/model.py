@@ -119,6 +119,12 @@ class VFM(nn.Module):
         if separate:
             x = None if x is None else constrain(x, "batch", "length", "width")
             call["decoder_x"] = y
+            if decoder_tokens is None:
+                # The decoder reads the encoder's sequence (see `EncoderDecoder`), padding and all.
+                for name in ("mask", "segment_ids", "positions"):
+                    of_encoder = call.get("input_mask" if name == "mask" else name)
+                    if of_encoder is not None:
+                        call.setdefault(f"decoder_{name}", of_encoder)
         x, out["backbone"] = self.backbone(x if separate else y, **call, train=train)
         out["output"] = x
         for name, at in signal_starts.items():
@@ -129,10 +135,8 @@ class VFM(nn.Module):
         if "text" in self.decoders:
             logits = self.text_logits(x, train=train)
         for name in labels(self):
-            written = separate and decoder_tokens is not None
-            found, pooled = self.decoders[name](
-                x, input_mask=call.get("decoder_mask" if written else "input_mask"), train=train
-            )
+            mask = call.get("decoder_mask" if separate else "input_mask")
+            found, pooled = self.decoders[name](x, input_mask=mask, train=train)
             out[name] = pooled
             if self.decoders[name].num_classes is not None:
                 out[name] = {"logits": found, **pooled}

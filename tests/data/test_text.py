@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from vfm.data import build
+from vfm.data import build, texts
 from vfm.data.interleave import Layout, Modality
 from vfm.data.records import CorruptRecord
 from vfm.errors import UserError
@@ -63,3 +63,14 @@ def test_bad_sources(tmp_path):
         file.write("{broken\n")
     with pytest.raises(CorruptRecord, match=r"corpus\.jsonl:2"):
         build({"name": "text", "source": source}, "train", layout=Layout(8), tokenizer=TOKENIZER)
+
+
+def test_texts_are_in_order_and_damage_is_told_or_listed(tmp_path):
+    source = corpus(tmp_path, ["one", "", "three"])
+    with open(source["paths"]["train"], "a") as file:
+        file.write('{broken\n{"text": "five"}\n')
+    skipped = []
+    assert list(texts(source, "train", skipped)) == ["one", "", "three", "five"]
+    assert len(skipped) == 1 and "corpus.jsonl:4" in skipped[0]
+    with pytest.raises(CorruptRecord, match=r"corpus\.jsonl:4"):
+        list(texts(source, "train"))

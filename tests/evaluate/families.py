@@ -24,11 +24,11 @@ def documents(count=30):
     return [{"text": f"{ANIMALS[i % 3]} {i:02}" + "x" * (i % 5), "label": ANIMALS[i % 3]} for i in range(count)]
 
 
-def experiment(folder, corruption="next_token", **changes) -> Experiment:
-    """An experiment whose three splits are the same file."""
+def experiment(folder, corruption="next_token", objective=(), **changes) -> Experiment:
+    """An experiment whose three splits are the same file; `objective`: more fields of the objective."""
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps(document) + "\n" for document in documents()))
-    backbone, objective = FAMILIES[corruption]
+    backbone, name = FAMILIES[corruption]
     c = common.base()
     c.tokenizer = {"name": "byte", "special": SPECIAL}
     c.model = {
@@ -38,10 +38,17 @@ def experiment(folder, corruption="next_token", **changes) -> Experiment:
                      "positions": "rope", "gated": False},
         "decoders": {"text": {"name": "text", "vocab_size": VOCABULARY}},
     }  # fmt: skip
-    c.objective = {"name": objective}
+    c.objective = {"name": name, **dict(objective)}
     paths = dict.fromkeys(("train", "validation", "test"), str(path))
     source = {"name": "jsonl", "paths": paths, "label_field": "label"}
-    c.data = {"name": "text", "length": LENGTH, "source": source, "corruption": {"name": corruption}, **common.DATA}
+    c.data = {
+        "name": "text",
+        "length": LENGTH,
+        "source": source,
+        "packing": "split",
+        "corruption": {"name": corruption},
+        **common.DATA,
+    }
     c.eval.update(batch_size=8, evaluators=("probe", "continuation"))
     c.eval.continuation = {"length": 8, "share": 0.25, "examples": 12}
     c.eval.probe = {"length": 8, "features": ()}

@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 
 from vfm.errors import UserError
-from vfm.layers.positions import rotary, rotate
+from vfm.interop.configs import rope
+from vfm.layers.positions import alibi_slopes, relative_buckets, rotary, rotate, sinusoidal
 
-FIXTURE = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "functions" / "rope_variants"
+FIXTURES = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "functions"
+
+
+def fixture(name, field, file="meta.json"):
+    """Arrays of a reference, and a field of its parameters."""
+    folder = FIXTURES / name
+    return np.load(folder / "io.npz"), json.loads((folder / file).read_text())["params"][field]
 
 
 @jax.jit
@@ -44,17 +51,48 @@ def test_an_odd_head_is_refused():
         rotary(jnp.zeros((1, 2), jnp.int32), 7)
 
 
-@pytest.mark.skipif(not FIXTURE.exists(), reason="no reference files")
-@pytest.mark.parametrize("variant", ["default", "theta"])
-def test_equals_the_reference_library(variant):
-    io = np.load(FIXTURE / "io.npz")
-    options = json.loads((FIXTURE / "io.json").read_text())["params"]["variants"][variant]
-    theta, head_dim = options["rope"]["rope_theta"], options["head_dim"]
-    q = jnp.asarray(io[f"in/q_{variant}"])
+@pytest.mark.skipif(not FIXTURES.exists(), reason="no reference files")
+@pytest.mark.parametrize(
+    "variant",
+    ("default", "theta", "linear", "dynamic", "yarn", "yarn_options", "yarn_mscale", "longrope", "llama3"),
+)
+def test_rotary_equals_the_reference_library(variant):
+    io, options = fixture("rope_variants", "variants", "io.json")
+    options = options[variant]
+    read = rope({"rope_parameters": options["rope"], "max_position_embeddings": options["max_position_embeddings"]})
+    table = lambda length: rotary(
+        jnp.arange(length)[None], options["head_dim"], read["rope_theta"], read["rope_scaling"]
+    )
     for length in (20, 48):
-        sin, cos = rotary(jnp.arange(length)[None], head_dim, theta)
-        for name, table in (("sin", sin), ("cos", cos)):
-            expected = io[f"out/{variant}/{name}_L{length}"][:, : head_dim // 2]
-            np.testing.assert_allclose(table[0], expected, atol=2e-5, rtol=1e-5)
-    found = rotate(q[None, :, None, :], rotary(jnp.arange(len(q))[None], head_dim, theta))[0, :, 0]
-    np.testing.assert_allclose(found, io[f"out/{variant}/q_rotated"], atol=2e-5, rtol=1e-5)
+        for name, found in zip(("sin", "cos"), table(length), strict=True):
+            expected = io[f"out/{variant}/{name}_L{length}"][:, : options["head_dim"] // 2]
+            np.testing.assert_allclose(found[0], expected, atol=2e-5, rtol=1e-5)
+    q = jnp.asarray(io[f"in/q_{variant}"])[None, :, None]
+    for name, interleaved in (("q_rotated", False), ("q_rotated_interleaved", True)):
+        found = rotate(q, table(48), interleaved)[0, :, 0]
+        np.testing.assert_allclose(found, io[f"out/{variant}/{name}"], atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="no reference files")
+def test_alibi_equals_the_reference_library():
+    io, heads = fixture("alibi", "heads")
+    seen = (np.cumsum(io["in/mask"], axis=1) - 1) * io["in/mask"]
+    for count in heads:
+        slopes = alibi_slopes(count)
+        np.testing.assert_allclose(slopes, io[f"out/slopes_{count}"], atol=1e-6)
+        bias = slopes[None, :, None] * seen[:, None]
+        np.testing.assert_allclose(bias, io[f"out/bias_{count}"].reshape(bias.shape), atol=1e-6)
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="no reference files")
+def test_relative_buckets_equal_the_reference_library():
+    io, cases = fixture("t5_relative_buckets", "cases")
+    for i, case in enumerate(cases):
+        distance = jnp.arange(case.pop("k"))[None] - jnp.arange(case.pop("q"))[:, None]
+        np.testing.assert_array_equal(relative_buckets(distance, **case), io[f"out/case{i}"])
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="no reference files")
+def test_sinusoidal_equals_the_reference_library():
+    io, size = fixture("sincos_positions", "marian")
+    np.testing.assert_allclose(sinusoidal(*size), io["out/marian"], atol=2e-5)

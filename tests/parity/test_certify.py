@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import certify
-from vfm.parity import certificates, functions
+from vfm.parity import certificates, functions, tokenizer_files
 from vfm.parity.certificates import Check
 
 
@@ -14,6 +14,15 @@ def test_functions_equal_the_oracle(name):
         pytest.importorskip("transformers")
     (tolerance,) = (c.tolerance for c in certificates.checks() if c.run is getattr(functions, name))
     assert getattr(functions, name)() <= tolerance
+
+
+@pytest.mark.parametrize("library", ["tokenizers", "tiktoken"])
+def test_tokenizers_equal_the_oracle(monkeypatch, library):
+    pytest.importorskip(library)
+    monkeypatch.setattr(tokenizer_files, "VOCABULARY", 400)
+    assert tokenizer_files.ids("cl100k", library) == 0
+    if library == "tokenizers":
+        assert tokenizer_files.merges("cl100k") == 0
 
 
 def broken():

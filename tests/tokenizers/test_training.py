@@ -4,11 +4,15 @@ import itertools
 import json
 import random
 
+import jax
 import pytest
 
+from tests import tiny
 from tests.tokenizers.texts import mixed
 from vfm import tokenizers
+from vfm.data.records import CorruptRecord
 from vfm.errors import UserError
+from vfm.experiment import Experiment
 from vfm.tokenizers import corpus, learning, split, training
 from vfm.tokenizers.learning import learn
 from vfm.tokenizers.split import Splitter
@@ -188,3 +192,25 @@ def test_damaged_files_are_told_in_one_line(tmp_path, name, data, words):
     with pytest.raises(UserError) as error:
         list(corpus.read([tmp_path / name], Splitter("gpt2")))
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_run_trains_its_tokenizer_on_what_is_not_damaged(tmp_path, skip):
+    lines = [json.dumps({"text": "the cat sat on the mat"})] * 4
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join([*lines[:2], "{broken", *lines[2:]]) + "\n")
+    config = tiny.get_config("text")
+    with config.unlocked():
+        config.tokenizer = {"name": "bpe", "vocab_size": 264, "path": ""}
+        config.data.source = {"name": "jsonl", "paths": {"train": str(path)}}
+    config.data.skip_corrupt = skip
+    config.mesh.data = 1
+    experiment = Experiment(config, jax.devices()[:1])
+    experiment.folder = tmp_path
+    if skip:
+        assert experiment.tokenizer.vocab_size == 264
+        assert experiment.tokenizer.encode("the cat") == tokenizers.load(tmp_path / "tokenizer").encode("the cat")
+    else:
+        with pytest.raises(CorruptRecord, match=r"texts\.jsonl:3"):
+            _ = experiment.tokenizer
+        assert not (tmp_path / "tokenizer").exists()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vfm.backbones.decoder_only import DecoderOnly
-from vfm.backbones.encoder_only import EncoderOnly
+from vfm.backbones.encoder_only import BERT, EncoderOnly
 from vfm.backbones.stack import StackFields
 from vfm.errors import UserError
 
@@ -22,16 +22,7 @@ T5 = dict(
 )
 T5_GATED = {**T5, "activation": "gelu_tanh", "gated": True}
 # Lewis et al. 2020.
-BART = dict(
-    norm="layernorm",
-    norm_epsilon=1e-5,
-    norm_position="post",
-    positions="learned",
-    embedding_norm=True,
-    activation="gelu",
-    gated=False,
-    use_bias=True,
-)
+BART = {**BERT, "norm_epsilon": 1e-5, "num_token_types": 0}
 
 
 class EncoderDecoder(StackFields):

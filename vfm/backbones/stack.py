@@ -123,8 +123,9 @@ class StackFields(BlockFields):
         if self.positions == "rope":
             rotated = int(self.key_dim * self.rope_fraction)
             call["table"] = rotary(positions, rotated, self.rope_theta, self.rope_scaling)
-            if "local" in call and self.local_rope_theta is not None:
-                call["local_table"] = rotary(positions, rotated, self.local_rope_theta)
+            if self.window is not None and self.local_rope_theta is not None:
+                local = "local_table" if "local" in call else "table"  # all layers may be local
+                call[local] = rotary(positions, rotated, self.local_rope_theta)
         elif self.positions == "alibi":
             seen = positions if cache is None else jnp.cumsum(valid, axis=1) - 1
             slopes = jnp.asarray(alibi_slopes(self.num_heads))

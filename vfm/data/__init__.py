@@ -6,11 +6,11 @@ from vfm.data.construct import construct, plain
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
-from vfm.data.sources import build_source
+from vfm.data.sources import texts
 from vfm.data.text import Text
 from vfm.errors import unknown
 
-__all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "blank", "build", "build_source", "eval_batches"]
+__all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "blank", "build", "eval_batches", "texts"]
 
 DATASETS = {"mixture": Mixture, "pairs": Pairs, "text": Text}
 

@@ -6,12 +6,16 @@ indexing.
 A damaged record raises `CorruptRecord`.
 """
 
+from collections.abc import Iterator
+
 from vfm.data.arrays import Npz
 from vfm.data.audio import AudioFolder, Dtmf
 from vfm.data.construct import construct
 from vfm.data.documents import Jsonl, Stdlib
 from vfm.data.image import Digits, ImageFolder
+from vfm.data.records import CorruptRecord
 from vfm.data.tfds import Tfds
+from vfm.errors import UserError
 
 SOURCES = {
     "audio_folder": AudioFolder,
@@ -23,6 +27,26 @@ SOURCES = {
     "stdlib": Stdlib,
     "tfds": Tfds,
 }
+
+
+def texts(cfg, split: str, skipped: list[str] | None = None) -> Iterator[str]:
+    """The texts of one split of a source, in order.
+
+    A damaged record raises CorruptRecord; where there is a list `skipped`, its message goes there instead. Raises
+    UserError for a source without texts.
+    """
+    documents = build_source(cfg, split)
+    for index in range(len(documents)):
+        try:
+            item = documents[index]
+        except CorruptRecord as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
+        if "text" not in item:
+            raise UserError(f"source {cfg['name']!r} gives {', '.join(sorted(item))}, no 'text'")
+        yield item["text"]
 
 
 def build_source(cfg, split: str):

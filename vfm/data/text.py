@@ -10,8 +10,7 @@ from vfm.data.construct import construct
 from vfm.data.corrupted import CORRUPTIONS, DECODER, PACKED, NextToken, Piece, capacity
 from vfm.data.interleave import Layout, interleave
 from vfm.data.packing import plan
-from vfm.data.records import CorruptRecord
-from vfm.data.sources import build_source
+from vfm.data.sources import texts
 from vfm.errors import UserError, unknown
 
 log = logging.getLogger(__name__)
@@ -67,28 +66,19 @@ class Text:
 
     def _read(self, source: Mapping, split: str, skip_corrupt: bool) -> None:
         """Reads and tokenises all documents: `ids`, and the `starts` of each in them."""
-        documents, tokenizer = build_source(source, split), self.tokenizer
+        tokenizer, skipped = self.tokenizer, [] if skip_corrupt else None
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
         frame = ([tokenizer.bos_id], [tokenizer.eos_id]) if self.corruption.framed else ([], [])
-        ids, skipped = [], []
-        for index in range(len(documents)):
-            try:
-                item = documents[index]
-            except CorruptRecord as error:
-                if not skip_corrupt:
-                    raise
-                skipped.append(str(error))
-                continue
-            if "text" not in item:
-                raise UserError(f"dataset 'text': source {source['name']!r} gives {sorted(item)}, no 'text'")
-            ids.append(np.asarray([*frame[0], *tokenizer.encode(item["text"]), *frame[1]], dtype))
+        ids = [
+            np.asarray([*frame[0], *tokenizer.encode(text), *frame[1]], dtype) for text in texts(source, split, skipped)
+        ]
         if not ids:
             raise UserError(f"dataset 'text': all {len(skipped)} documents are corrupt; the first: {skipped[0]}")
         if skipped:
             log.warning(
                 "dataset 'text': %d of %d documents are corrupt and left out; the first: %s",
                 len(skipped),
-                len(documents),
+                len(skipped) + len(ids),
                 skipped[0],
             )
         self.starts = np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]).astype(np.int64)

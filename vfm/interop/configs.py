@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vfm.errors import UserError, unknown
+from vfm.layers.positions import SCALINGS
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -92,6 +93,8 @@ def rope(c: Mapping[str, Any], fraction: float = 1.0) -> dict[str, Any]:
     if kind in ("default", None):
         return fields
     kind = {"su": "longrope"}.get(kind, kind)
+    if kind not in SCALINGS:
+        raise unknown("rope_type", kind, ("default", *SCALINGS), "config.json")
     longest = c["max_position_embeddings"]
     original = scaling.pop("original_max_position_embeddings", None) or c.get("original_max_position_embeddings")
     found: dict[str, Any] = {"type": kind}

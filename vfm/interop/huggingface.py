@@ -178,8 +178,10 @@ def _meaning(model: VFM) -> dict[str, Any]:
         dead += ["gated", "mlp_bias"]
     if b["norm"] != "layernorm":
         dead.append("norm_bias")
-    if b["window"] is None or all(b["local_layers"]):
+    if b["window"] is None:
         dead += ["local_layers", "local_rope_theta"]
+    elif all(b["local_layers"]):
+        dead.append("local_layers")
     else:
         b["local_layers"] = tuple(np.resize(b["local_layers"], b["depth"]).tolist())
     for field in dead:

@@ -118,9 +118,9 @@ def _read(kind: str):
             decoder["scale"] = c.get("logit_scale", 0.0625)
         tied = bool(c.get("tie_word_embeddings", kind in TIED))
         decoder["tied"] = tied
-        head_, label = decoder if head == "lm" else None, label_decoder(c, head)
+        decoder, label = decoder if head == "lm" else None, label_decoder(c, head)
         return single(
-            "decoder_only", c, {**backbone, **style}, text, head_, label, c.get("pad_token_id", PADS.get(kind))
+            "decoder_only", c, {**backbone, **style}, text, decoder, label, c.get("pad_token_id", PADS.get(kind))
         )
 
     return read

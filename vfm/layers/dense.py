@@ -8,9 +8,9 @@ import jax
 def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, **rest):
     """`jax.lax.dot_general` for `nn.Dense` and `nn.DenseGeneral`, as one product of two matrices.
 
-    All leading dimensions of `lhs` become rows. XLA on CPU transposes around products of higher rank: a gated layer and
-    its gradient take 1.5 times as long there. A sequence that is cut over devices stays as it is, for its rows are not
-    contiguous.
+    All leading dimensions of `lhs` become rows. XLA on CPU transposes around products of higher rank: a feed-forward
+    layer and its gradient take 1.5 times as long there. A sequence that is cut over devices stays as it is, for its
+    rows are not contiguous.
     """
     (left, right), batch = dimension_numbers
     lead = lhs.ndim - len(left)

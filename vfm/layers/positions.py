@@ -61,8 +61,8 @@ def rotary_frequencies(
                 attention logits (Peng et al. 2023, eqs. 17 to 22)
       llama3    the same idea with the ramp of Llama 3.1 (Grattafiori et al. 2024)
       longrope  a searched factor per frequency, other ones beyond `original_max_len` (Ding et al. 2024)
-    length: tokens so far (largest position + 1), which "dynamic" and "longrope" depend on. `original_max_len` is the
-    length that the model was trained at.
+    length: tokens so far (largest position of the batch + 1), which "dynamic" and "longrope" depend on.
+    `original_max_len` is the length that the model was trained at.
     """
     if rotary_dim % 2:
         raise UserError(f"rotary positions need an even number of rotated dimensions, not {rotary_dim}")
