@@ -68,6 +68,8 @@ def inputs(kind, name, rows=B, seed=0):
     if kind == "encoders":
         if block.item_shape == ():
             return jnp.asarray(rng.integers(0, block.vocab_size, (rows, T)), jnp.int32)
+        if getattr(block, "item_dtype", "") == "int32":
+            return jnp.asarray(rng.integers(0, block.vocab_size, (rows, *block.item_shape)), jnp.int32)
         shape = block.item_shape
     elif kind == "backbones":
         shape = (T, block.width)

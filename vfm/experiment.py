@@ -19,8 +19,8 @@ from vfm.data.records import CorruptRecord
 from vfm.errors import UserError, unknown
 from vfm.evaluate import CHECKS, EVALUATORS
 from vfm.train import state as state_lib
-from vfm.train import step
-from vfm.train.optimizer import build_optimizer
+from vfm.train import stages, step
+from vfm.train.optimizer import build_optimizer, trained
 
 SECTIONS = ("tokenizer", "model", "data", "objective", "optimizer", "mesh", "train", "eval", "checkpoint", "log")
 # The lowest value of whole numbers with which a run would otherwise fail late, or do nothing.
@@ -76,12 +76,17 @@ class Experiment:
         self.model = model_lib.build(config.model)
         self._check_vocabulary()
         self.layout = model_lib.layout(self.model, config.data.length)
-        if config.data.length > self.model.backbone.max_len:
+        if self.model.backbone is not None and config.data.length > self.model.backbone.max_len:
             raise UserError(
                 f"config.data.length={config.data.length} is longer than model.backbone.max_len="
                 f"{self.model.backbone.max_len}"
             )
         self.loss_fn = objectives.build(config.objective, self.model)
+        if getattr(self.loss_fn, "whole_batch", False) and config.train.accumulate > 1:
+            raise UserError(
+                f"config.train.accumulate={config.train.accumulate}: objective {config.objective.name!r} compares the "
+                "rows of a batch with each other, and micro-batches have fewer; set config.objective.cache instead"
+            )
         init = functools.partial(model_lib.init, self.model, length=config.data.length)
         params = jax.eval_shape(init, jax.random.key(0))["params"]
         self.tx, self.schedule = build_optimizer(config.optimizer, params, config.train.steps)
@@ -92,12 +97,14 @@ class Experiment:
             seed=config.seed,
             length=config.data.length,
             ema=bool(config.train.ema),
+            more=getattr(self.loss_fn, "variables", lambda params: {}),
         )
         state = jax.eval_shape(self.create)
         self.shardings = state_lib.shardings(state, self.tx, self.mesh, self.rules)
         self.abstract_state = jax.tree.map(
             lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), state, self.shardings
         )
+        self.initial = stages.wanted(config.get("init", {}), stages.model_variables(self))
         self.batch_sharding = sharding.batch_sharding(self.mesh, self.rules)
         for name in config.eval.evaluators:
             CHECKS[name](self)
@@ -155,7 +162,12 @@ class Experiment:
     def make_step(self, loss_fn):
         """The training step of the config with any loss function."""
         return step.make_train_step(
-            loss_fn, self.tx, self.schedule, accumulate=self.config.train.accumulate, ema_decay=self.config.train.ema
+            loss_fn,
+            self.tx,
+            self.schedule,
+            accumulate=self.config.train.accumulate,
+            ema_decay=self.config.train.ema,
+            trained=trained(self.config.optimizer, self.abstract_state.params),
         )
 
     def dataset(self, split: str, **overrides):

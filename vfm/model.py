@@ -1,6 +1,7 @@
 """The five blocks wired into one model: encoder -> input projector -> backbone -> output projector -> decoder."""
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ BACKBONE_INPUTS = (
     "decoder_positions",
 )
 # The arguments of `VFM.__call__` that a batch may hold.
-INPUTS = ("tokens", "inputs", "starts", "signal_starts", "decoder_tokens", *BACKBONE_INPUTS)
+INPUTS = ("tokens", "inputs", "starts", "signal_starts", "masked", "decoder_tokens", *BACKBONE_INPUTS)
 
 
 class VFM(nn.Module):
@@ -46,33 +47,48 @@ class VFM(nn.Module):
     encoders_X, input_projectors_X, backbone, output_projectors_X, decoders_X; and `signals_X` float[K, D], the learned
     inputs of the K sequence slots from which an item of X is generated (the signal tokens of NExT-GPT).
 
+    alignment: {temperature, max_scale, bias} makes the encoders and input projectors a space that is shared by all
+    modalities (survey section 1.3; CLIP, Radford et al. 2021): each item gets an embedding of length 1. `logit_scale`
+    float32[], the logarithm of the factor of their products, is learned, and so is `logit_bias` if bias is a number
+    (SigLIP, Zhai et al. 2023). Without a backbone that is all, and every modality is read item by item, text too.
+
     Args of the call (B rows, T sequence positions, N items of a modality per row):
       tokens: int32[B, T]; any value where no text stands. None: a model or a call without text.
       inputs: {X: float[B, N, *item_shape]}.
       starts: {X: int32[B, N]}, where the features of each item begin in the sequence; -1: the item is not an input.
       signal_starts: {X: int32[B, N]}, where the signal slots of each item begin; -1: the item is not generated.
+      masked: {X: bool[B, N, P]}, which slots of the items hold the learned inputs of X's signals instead of features.
       input_mask: bool[B, T], False at padding. segment_ids, positions: int32[B, T], for packed rows. token_types,
         prefix, block_positions, order: see the backbones that have them.
-      decoder_tokens: int32[B, U], for an encoder–decoder backbone: its encoder then reads all of the above but the
-        signals, which stand in the decoder's sequence, and its decoder reads these tokens. decoder_mask: bool[B, U];
-        decoder_segment_ids, decoder_positions: int32[B, U].
+      decoder_tokens: int32[B, U], for a backbone that reads two sequences: its encoder then reads all of the above but
+        the signals, which stand in the decoder's sequence, and its decoder reads these tokens. decoder_mask:
+        bool[B, U]; decoder_segment_ids, decoder_positions: int32[B, U].
       cache: the backbone's cache, for generation token by token.
 
     Returns (logits, out). logits: float[B, T, V] of the text decoder (U for T with an encoder–decoder); without one
     those of a decoder of labels, float[B, classes], if there is one, else None. out["backbone"] is the backbone's dict,
     out["output"] float[B, T, D] what it gave; out[X] has features float[B, N, P, W] = ME(item), predicted
-    float[B, N, P, W] = OP(hidden states of the signals), decoded and reconstructed float[B, N, *item_shape] =
-    MD(predicted) and MD(features), where blocks exist; for labels logits and pooled float[B, D].
+    float[B, N, P, W] = OP(hidden states of the signals), recovered float[B, N, P, W] = OP(hidden states of the slots of
+    a masked item), decoded and reconstructed float[B, N, *item_shape] = MD(predicted) and MD(features), where blocks
+    exist; for labels logits and pooled float[B, D]. With an alignment
+    out[X]["embedding"]: float32[B, N, E]; out["logit_scale"]: float32[], at most max_scale; and out["logit_bias"].
     """
 
     centre: str
     encoders: Mapping[str, nn.Module]
     input_projectors: Mapping[str, nn.Module]
-    backbone: nn.Module
+    backbone: nn.Module | None
     output_projectors: Mapping[str, nn.Module]
     decoders: Mapping[str, nn.Module]
+    alignment: Mapping[str, Any] | None = None
 
     def setup(self):
+        if self.alignment is not None:
+            start = -math.log(self.alignment["temperature"])
+            self.logit_scale = self.param("logit_scale", nn.initializers.constant(start), (), jnp.float32)
+            bias = self.alignment["bias"]
+            if bias is not None:
+                self.logit_bias = self.param("logit_bias", nn.initializers.constant(bias), (), jnp.float32)
         self.signals = {
             name: self.param(
                 f"signals_{name}", nn.initializers.normal(self.backbone.width**-0.5), (count, self.backbone.width)
@@ -88,28 +104,40 @@ class VFM(nn.Module):
         inputs=None,
         starts=None,
         signal_starts=None,
+        masked=None,
         decoder_tokens=None,
         cache=None,
         train: bool,
         **rest,
     ):
-        inputs, starts, signal_starts = inputs or {}, starts or {}, signal_starts or {}
-        out: dict[str, Any] = {}
+        inputs, starts, signal_starts, masked = inputs or {}, starts or {}, signal_starts or {}, masked or {}
+        out: dict[str, Any] = self._scale()
+        if self.backbone is None:
+            if tokens is not None or cache is not None or rest or starts or signal_starts:
+                raise UserError("a model without a backbone reads no sequence: it takes `inputs` alone")
+            for name, items in inputs.items():
+                if name in self.encoders:
+                    out[name] = self._encode(name, items, train)[0]
+            return None, out
         call = self._backbone_call(rest, decoder_tokens, tokens is not None or bool(inputs), cache)
+        for name in masked:
+            if not all(name in group for group in (self.encoders, inputs, starts)):
+                raise unknown("modality", name, starts, "`masked`, whose items must have a place in the sequence")
         mask = call.get("input_mask")
         x = self._embed(tokens, mask, train) if tokens is not None or mask is not None else None
         for name, items in inputs.items():
             if name not in self.encoders:
                 continue  # a target only
-            B, N = items.shape[:2]
-            features, encoder_out = self.encoders[name](items.reshape(B * N, *items.shape[2:]), train=train)
-            out[name] = {"features": features.reshape(B, N, *features.shape[1:]), "encoder": encoder_out}
+            out[name], features = self._encode(name, items, train)
             if name in self.decoders:
                 item, _ = self.decoders[name](features, train=train)
-                out[name]["reconstructed"] = item.reshape(B, N, *item.shape[1:])
+                out[name]["reconstructed"] = item.reshape(*items.shape[:2], *item.shape[1:])
             if name in starts:
-                x = place(x, self._project_in(name, features, train), starts[name])
-        separate = self.backbone.kind == "encoder_decoder"
+                slots = self._project_in(name, features, train)
+                if name in masked:
+                    slots = self._mask(name, slots, masked[name])
+                x = place(x, slots, starts[name])
+        separate = reads_two(self.backbone)
         y = self._embed(decoder_tokens, call.get("decoder_mask"), train) if decoder_tokens is not None else x
         for name, at in signal_starts.items():
             if name in self.signals:
@@ -131,6 +159,9 @@ class VFM(nn.Module):
             if name in self.signals:
                 hidden = gather(x, at, self.signals[name].shape[0])
                 out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, train)}
+        for name, which in masked.items():
+            hidden = self._project_out(name, gather(x, starts[name], which.shape[2]), train)
+            out[name]["recovered"] = hidden.reshape(*which.shape[:2], *hidden.shape[1:])
         logits = None
         if "text" in self.decoders:
             logits = self.text_logits(x, train=train)
@@ -160,12 +191,30 @@ class VFM(nn.Module):
         for name in call:
             if name not in takes:
                 raise UserError(f"{what} takes no {name}; it has {', '.join(n for n in takes if n != 'self')}")
-        if self.backbone.kind == "encoder_decoder":
+        if reads_two(self.backbone):
             if decoder_tokens is None and (cache is not None or not reads):
                 raise UserError(f"{what} needs decoder_tokens")
         elif decoder_tokens is not None:
-            raise UserError(f"{what} takes no decoder_tokens; they are for an encoder_decoder")
+            raise UserError(f"{what} takes no decoder_tokens; they are for encoder_decoder and cross_encoder")
         return call
+
+    def _scale(self) -> dict[str, jax.Array]:
+        if self.alignment is None:
+            return {}
+        scale = {"logit_scale": jnp.exp(jnp.minimum(self.logit_scale, math.log(self.alignment["max_scale"])))}
+        return scale if self.alignment["bias"] is None else {**scale, "logit_bias": self.logit_bias}
+
+    def _encode(self, name, items, train):
+        """What `out` holds of items [B, N, …], and their features float[B·N, P, W]."""
+        lead = items.shape[:2]
+        features, encoder_out = self.encoders[name](items.reshape(-1, *items.shape[2:]), train=train)
+        out = {"features": features.reshape(*lead, *features.shape[1:]), "encoder": encoder_out}
+        if self.alignment is not None:
+            pooled = encoder_out["pooled"] if "pooled" in encoder_out else features.mean(axis=1)
+            y = self._project_in(name, pooled[:, None], train)[:, 0].astype(jnp.float32)
+            norm = jnp.sqrt(jnp.maximum(jnp.square(y).sum(axis=-1, keepdims=True), 1e-12))  # has a gradient at 0
+            out["embedding"] = (y / norm).reshape(*lead, -1)
+        return out, features
 
     def _embed(self, tokens, mask, train):
         """Features of the centre for tokens int32[B, T]; zeros where there is no text."""
@@ -180,6 +229,16 @@ class VFM(nn.Module):
 
     def _project_out(self, name, hidden, train):
         return self.output_projectors[name](hidden, train=train)[0] if name in self.output_projectors else hidden
+
+    def _mask(self, name, features, which):
+        """Features float[B·N, P, D] with the inputs of the signals where `which` bool[B, N, P] says so."""
+        signals, count = self.signals.get(name), features.shape[1]
+        if signals is None or len(signals) != count or reads_two(self.backbone):
+            raise UserError(
+                f"model: slots of {name} can be masked with an output projector that has a signal for each of the "
+                f"{count} slots, and a backbone that reads items and text as one sequence"
+            )
+        return jnp.where(which.reshape(-1, count, 1), signals[None].astype(features.dtype), features)
 
     def _generate(self, name, hidden, lead, train):
         predicted = self._project_out(name, hidden, train)
@@ -224,9 +283,19 @@ def labels(model: VFM) -> tuple[str, ...]:
 
 
 def modalities(model: VFM) -> tuple[str, ...]:
-    """The modalities other than text that the model knows, sorted; labels are none."""
+    """The modalities that the model knows, sorted, but for text that is tokens of the sequence; labels are none."""
     known = {*model.encoders, *model.decoders, *model.output_projectors}
-    return tuple(sorted(known - {"text", *labels(model)}))
+    return tuple(sorted(known - ({*labels(model)} if text_is_item(model) else {"text", *labels(model)})))
+
+
+def text_is_item(model: VFM) -> bool:
+    """Whether a whole text is an item like those of other modalities, not tokens of the sequence."""
+    return "text" in model.encoders and bool(model.encoders["text"].item_shape)
+
+
+def reads_two(backbone: nn.Module) -> bool:
+    """Whether a backbone reads two sequences: what `inputs` and `tokens` give, and `decoder_tokens`."""
+    return "decoder_x" in inspect.signature(type(backbone).__call__).parameters
 
 
 def num_signals(model: VFM, name: str) -> int:
@@ -245,27 +314,31 @@ def layout(model: VFM, length: int, items: int = 1) -> Layout:
         encoder, projector = model.encoders.get(name), model.input_projectors.get(name)
         slots = (getattr(projector, "num_tokens", None) or encoder.num_tokens) if encoder is not None else 0
         block = encoder if encoder is not None else model.decoders[name]
-        table[name] = Modality(tuple(block.item_shape), slots, num_signals(model, name), items)
+        kind = getattr(block, "item_dtype", "float32")
+        table[name] = Modality(tuple(block.item_shape), slots, num_signals(model, name), items, kind)
     return Layout(length, table)
 
 
 def example_batch(model: VFM, length: int, batch_size: int = 1) -> dict[str, Any]:
     """A batch of zeros that reaches every parameter, as ShapeDtypeStructs: for initialisation and shape evaluation."""
     shapes = layout(model, length).modalities
+    inputs = {
+        name: jax.ShapeDtypeStruct((batch_size, 1, *m.item_shape), jnp.dtype(m.dtype))
+        for name, m in shapes.items()
+        if name in model.encoders
+    }
+    if model.backbone is None:
+        return {"inputs": inputs}
     index = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32)
     batch = {
         "input_mask": jax.ShapeDtypeStruct((batch_size, length), bool),
-        "inputs": {
-            name: jax.ShapeDtypeStruct((batch_size, 1, *m.item_shape), jnp.float32)
-            for name, m in shapes.items()
-            if name in model.encoders
-        },
+        "inputs": inputs,
         "starts": {name: index for name in shapes if name in model.encoders},
         "signal_starts": {name: index for name in shapes},
     }
     if "text" in model.encoders:
         batch["tokens"] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
-        if model.backbone.kind == "encoder_decoder":
+        if reads_two(model.backbone):
             batch["decoder_tokens"] = batch["tokens"]
     return batch
 
@@ -290,18 +363,21 @@ _KINDS = tuple((kind, table) for kind, table in TABLES.items() if kind != "backb
 def build(cfg: Mapping[str, Any]) -> VFM:
     """The model of `config.model`: {centre, dtype, encoders: {X: {name, **fields}}, input_projectors, backbone, …}.
 
-    The projectors of the centre are left out, so that the centre can be changed by one field. Raises `UserError` for
+    The projectors of the centre are left out, so that the centre can be changed by one field; not so in a model with an
+    alignment and no backbone, where the centre has none but that of the pairs it is trained on. Raises `UserError` for
     unknown names and fields, and for a chain that does not fit, naming both blocks and both widths.
     """
     cfg = dict(cfg)
-    for field in ("centre", "backbone"):
+    alignment = cfg.pop("alignment", None)
+    alone = alignment is not None and not cfg.get("backbone")
+    for field in () if alone else ("centre", "backbone"):
         if not cfg.get(field):
             raise UserError(f"model.{field} is missing; give {'a modality' if field == 'centre' else 'a block'}")
-    centre, dtype = cfg.pop("centre"), cfg.pop("dtype", "float32")
+    centre, dtype = cfg.pop("centre", ""), cfg.pop("dtype", "float32")
     groups = {}
     for kind, table in _KINDS:
         blocks = dict(cfg.pop(kind, {}))
-        if kind.endswith("projectors"):
+        if kind.endswith("projectors") and not alone:
             blocks.pop(centre, None)
         # Frozen, so that the model is hashable and can be a static argument of jit.
         groups[kind] = FrozenDict(
@@ -311,9 +387,11 @@ def build(cfg: Mapping[str, Any]) -> VFM:
                 if block
             }
         )
-    backbone = build_block(BACKBONES, cfg.pop("backbone"), "model.backbone", dtype)
+    backbone = cfg.pop("backbone", None)
+    backbone = None if alone else build_block(BACKBONES, backbone, "model.backbone", dtype)
     if cfg:
-        raise unknown("field", next(iter(cfg)), ["centre", "dtype", "backbone", *(k for k, _ in _KINDS)], "model")
+        known = ["centre", "dtype", "backbone", "alignment", *(k for k, _ in _KINDS)]
+        raise unknown("field", next(iter(cfg)), known, "model")
     model = VFM(
         centre,
         groups["encoders"],
@@ -321,9 +399,24 @@ def build(cfg: Mapping[str, Any]) -> VFM:
         backbone,
         groups["output_projectors"],
         groups["decoders"],
+        None if alignment is None else _alignment(alignment),
     )
     check(model)
     return model
+
+
+def _alignment(cfg: Mapping[str, Any]) -> FrozenDict:
+    """The fields of `model.alignment`; `UserError` for one that is unknown or out of range."""
+    found = {"temperature": 0.07, "max_scale": 100.0, "bias": None}
+    for field, value in dict(cfg).items():
+        if field not in found:
+            raise unknown("field", field, found, "model.alignment")
+        if not isinstance(value, int | float) and not (field == "bias" and value is None):
+            raise UserError(f"model.alignment.{field}={value!r} must be a number")
+        if field != "bias" and not value > 0:
+            raise UserError(f"model.alignment.{field}={value} must be more than 0")
+        found[field] = value
+    return FrozenDict(found)
 
 
 def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, dtype: str = "float32") -> nn.Module:
@@ -377,28 +470,59 @@ def _fits(value: Any, kind: Any) -> bool:
     return not isinstance(kind, type) or isinstance(value, kind)
 
 
+def fit(giver, gives, taker, takes, what="width") -> None:
+    if gives is not None and takes is not None and gives != takes:
+        raise UserError(f"model: {giver} gives {what} {gives}, but {taker} takes {what} {takes}")
+
+
+def _projected(model: VFM, name: str) -> tuple[str, int]:
+    """The last block before the shared space of a modality, and the width that it gives."""
+    encoder, projector = model.encoders[name], model.input_projectors.get(name)
+    giver = f"encoders.{name} ({type(encoder).__name__})"
+    if projector is None:
+        return giver, encoder.width
+    taker = f"input_projectors.{name} ({type(projector).__name__})"
+    fit(giver, encoder.width, taker, projector.in_width)
+    return taker, projector.width
+
+
+def _check_read(model: VFM) -> None:
+    for name in model.input_projectors:
+        if name not in model.encoders:
+            raise UserError(f"model: input_projectors.{name} has no encoder; add model.encoders.{name}")
+
+
+def _check_aligned(model: VFM) -> None:
+    """Refuses a model of encoders alone whose embeddings do not have one width, or that has more than encoders."""
+    _check_read(model)
+    for kind in ("decoders", "output_projectors"):
+        for name in getattr(model, kind):
+            raise UserError(f"model.{kind}.{name} needs a backbone; a model with an alignment alone has encoders only")
+    for name, encoder in model.encoders.items():
+        if not encoder.item_shape:
+            raise UserError(
+                f"model.encoders.{name} ({type(encoder).__name__}) reads one token; without a backbone it must read "
+                "whole items: for text, 'text_transformer'"
+            )
+    (first, width), *others = (_projected(model, name) for name in model.encoders)
+    for other, gives in others:
+        if gives != width:
+            raise UserError(f"model: the shared space has one width, but {first} gives {width} and {other} {gives}")
+
+
 def check(model: VFM) -> None:
     """Refuses a chain of blocks that does not fit: `UserError` with both blocks and both sizes."""
+    if model.backbone is None:
+        return _check_aligned(model)
     if model.centre not in {*model.encoders, *model.decoders}:
         raise UserError(
             f"model.centre={model.centre!r} has neither an encoder nor a decoder; modalities: "
             f"{', '.join(sorted({*model.encoders, *model.decoders}))}"
         )
 
-    def fit(giver, gives, taker, takes, what="width"):
-        if gives is not None and takes is not None and gives != takes:
-            raise UserError(f"model: {giver} gives {what} {gives}, but {taker} takes {what} {takes}")
-
     width = model.backbone.width
-    for name, encoder in model.encoders.items():
-        giver = f"encoders.{name} ({type(encoder).__name__})"
-        projector = model.input_projectors.get(name)
-        gives = encoder.width
-        if projector is not None:
-            taker = f"input_projectors.{name} ({type(projector).__name__})"
-            fit(giver, gives, taker, projector.in_width)
-            giver, gives = taker, projector.width
-        fit(giver, gives, f"backbone ({type(model.backbone).__name__})", width)
+    for name in model.encoders:
+        fit(*_projected(model, name), f"backbone ({type(model.backbone).__name__})", width)
     classes = labels(model)
     for name in classes:
         block = model.decoders[name]
@@ -446,9 +570,7 @@ def check(model: VFM) -> None:
                     tuple(encoder.item_shape),
                     "items of shape",
                 )
-    for name in model.input_projectors:
-        if name not in model.encoders:
-            raise UserError(f"model: input_projectors.{name} has no encoder; add model.encoders.{name}")
+    _check_read(model)
     tied = getattr(model.decoders.get("text"), "tied", False)
     if tied and "text" not in model.encoders:
         raise UserError("model: decoders.text is tied, but there is no encoders.text to share a table with")

@@ -34,6 +34,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*/(router|classes)/kernel", ("embed", "channels")),
     (r".*/classes/bias", ("channels",)),
     (r".*/relative_bias/embedding", ("tokens", "heads")),
+    (r".*/edge_bias", ("heads",)),
+    (r".*/epsilon", ()),
     (r".*/(up|gate)/kernel", ("embed", "mlp")),
     (r".*/(up|gate)/bias", ("mlp",)),
     (r".*/down/kernel", ("mlp", "embed")),
@@ -43,12 +45,13 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*/head/kernel", ("embed", "vocab")),
     (r".*(/head/|decoders_text/)bias", ("vocab",)),
     (r".*/patch/kernel", ("space", "space", "channels", "embed")),
-    (r".*/frames/kernel", ("space", "channels", "embed")),
+    (r".*/(frames|samples)[^/]*/kernel", ("space", "channels", "embed")),
     (r".*/conv[^/]*/kernel", ("space", "space", "channels", "embed")),
-    (r".*/(projection|hidden)/kernel", ("channels", "embed")),
-    (r".*/(patch|frames|projection|hidden|conv[^/]*)/bias", ("norm",)),
-    (r".*/(positions|block_positions|token_types)/embedding", ("tokens", "embed")),
-    (r"(.*/)?(positions|queries|signals_[^/]*)", ("tokens", "norm")),
+    (r".*/(projection|hidden[^/]*)/kernel", ("channels", "embed")),
+    (r".*/(patch|projection|(frames|samples|hidden|conv)[^/]*)/bias", ("norm",)),
+    (r".*/(positions|block_positions|token_types|degree_in|degree_out)/embedding", ("tokens", "embed")),
+    (r"(.*/)?(positions|queries|channel_embeddings|signals_[^/]*|(class|distillation|graph)_token)", ("tokens", "norm")),
+    (r"logit_(scale|bias)", ()),
 )
 
 # Name -> mesh axes (None: replicated). The first group is parameters, the second activations.

@@ -17,12 +17,20 @@ class Modality:
     slots:      sequence positions that one input item takes.
     signals:    sequence positions that one generated item takes; 0: cannot be generated.
     items:      most items of this modality in one row (N).
+    dtype:      of an item's numbers: "float32", or "int32" for ids.
+    takes_missing: NaN in an item is a missing value, which the encoder knows to read.
     """
 
     item_shape: tuple[int, ...]
     slots: int
     signals: int = 0
     items: int = 1
+    dtype: str = "float32"
+    takes_missing: bool = False
+
+    def readable(self, array) -> bool:
+        """Whether all numbers of an item are finite, or missing where that may be."""
+        return not np.isinf(array).any() if self.takes_missing else bool(np.isfinite(array).all())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +88,7 @@ class _Items:
     def __init__(self, name: str, modality: Modality):
         self.name, self.modality = name, modality
         shape = tuple(modality.item_shape)
-        self.inputs = np.zeros((modality.items, *shape), np.float32)
+        self.inputs = np.zeros((modality.items, *shape), modality.dtype)
         self.starts = np.full((modality.items,), -1, np.int32)
         self.signal_starts = np.full((modality.items,), -1, np.int32)
         self.arrays: list[Any] = []

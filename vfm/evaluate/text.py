@@ -36,7 +36,7 @@ def text(experiment, params, variables, split: str, limit: int | None) -> Evalua
     @experiment.jit
     def step(params, variables, batch):
         # Not the objective's term, which may be smoothed.
-        logits, _ = apply(experiment.model, params, variables, batch, jax.random.key(0), train=False)
+        logits, _, _ = apply(experiment.model, params, variables, batch, jax.random.key(0), train=False)
         return cross_entropy(logits, batch)[0]
 
     for host, batch in experiment.eval_batches(experiment.dataset(split), limit):

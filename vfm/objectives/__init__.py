@@ -7,7 +7,8 @@
 `terms` are the parts of the loss, {name: (weight, sum, count)}; the loss is the sum of weight · sum / count. Sums and
 counts, not means, so that the loss is exact under masks, gradient accumulation and many hosts. Counts must not depend
 on the parameters. `Aux.metrics` are {name: (sum, count)} as well; `Aux.variables` are the new values of what has no
-gradient.
+gradient. A loss function that keeps variables of its own has `variables(params)`, which gives them at the start; one
+that compares rows of a batch with each other has `whole_batch = True`, and gradient accumulation is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +34,9 @@ LossFn = Callable[..., tuple[Mapping[str, Term], Aux]]
 
 from vfm.objectives.any_to_any import any_to_any  # noqa: E402
 from vfm.objectives.classification import classification  # noqa: E402
+from vfm.objectives.contrastive import contrastive  # noqa: E402
 from vfm.objectives.denoising import denoising  # noqa: E402
+from vfm.objectives.fusion import fusion  # noqa: E402
 from vfm.objectives.masked import masked  # noqa: E402
 from vfm.objectives.next_token import next_token  # noqa: E402
 from vfm.objectives.permutation import permutation  # noqa: E402
@@ -41,7 +44,9 @@ from vfm.objectives.permutation import permutation  # noqa: E402
 OBJECTIVES = {
     "any_to_any": any_to_any,
     "classification": classification,
+    "contrastive": contrastive,
     "denoising": denoising,
+    "fusion": fusion,
     "masked": masked,
     "next_token": next_token,
     "permutation": permutation,

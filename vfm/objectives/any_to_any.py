@@ -23,7 +23,7 @@ def any_to_any(
     """
 
     def loss_fn(params, variables, batch, rng, *, train: bool):
-        logits, out = apply(model, params, variables, batch, rng, train=train)
+        logits, out, variables = apply(model, params, variables, batch, rng, train=train)
         terms, measured = {}, {}
         if logits is not None:
             nll, measured["token_accuracy"] = cross_entropy(logits, batch)

@@ -38,7 +38,7 @@ def classification(model, *, label_smoothing: float = 0.0) -> LossFn:
     def loss_fn(params, variables, batch, rng, *, train: bool):
         if "label" not in batch:
             raise UserError("config.objective: classification needs batches with a label")
-        _, out = apply(model, params, variables, batch, rng, train=train)
+        _, out, variables = apply(model, params, variables, batch, rng, train=train)
         nll, accuracy = label_cross_entropy(out["label"]["logits"], batch, label_smoothing)
         return {"label": (1.0, *nll)}, Aux({"label_accuracy": accuracy}, variables)
 

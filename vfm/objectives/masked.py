@@ -18,7 +18,7 @@ def masked(model, *, label: float = 1.0) -> LossFn:
         raise UserError("config.objective: masked needs a backbone that sees both sides of a token, not decoder_only")
 
     def loss_fn(params, variables, batch, rng, *, train: bool):
-        logits, out = apply(model, params, variables, batch, rng, train=train)
+        logits, out, variables = apply(model, params, variables, batch, rng, train=train)
         nll, accuracy = cross_entropy(logits, batch)
         terms: dict[str, Term] = {"text": (1.0, *nll)}
         measured = {"token_accuracy": accuracy}

@@ -12,11 +12,20 @@ from vfm.layers.moe import load_balancing_loss, router_z_loss
 from vfm.model import INPUTS
 from vfm.objectives import Aux, LossFn, Term
 
+MUTABLE = ("batch_stats",)  # collections that a call in training changes
+
 
 def apply(model, params, variables, batch, rng, *, train: bool):
-    """model.apply on the fields of a batch that the model takes: (logits, out)."""
+    """model.apply on the fields of a batch that the model takes: (logits, out, variables).
+
+    The collections of `MUTABLE` among the variables come back as training changed them.
+    """
     inputs = {name: batch[name] for name in INPUTS if name in batch}
-    return model.apply({"params": params, **variables}, **inputs, train=train, rngs={"dropout": rng})
+    mutable = [name for name in MUTABLE if train and name in variables]
+    (logits, out), changed = model.apply(
+        {"params": params, **variables}, **inputs, train=train, rngs={"dropout": rng}, mutable=mutable
+    )
+    return logits, out, {**variables, **changed}
 
 
 def cross_entropy(
@@ -95,7 +104,7 @@ def predict_tokens(
     def loss_fn(params, variables, batch, rng, *, train: bool):
         if model.backbone.kind == "encoder_decoder":  # whose decoder would else read what its encoder sees whole
             check_batch(batch, "decoder_tokens", objective, "span_corruption or text_infilling")
-        logits, out = apply(model, params, variables, batch, rng, train=train)
+        logits, out, variables = apply(model, params, variables, batch, rng, train=train)
         nll, accuracy = cross_entropy(logits, batch, label_smoothing)
         terms: dict[str, Term] = {"text": (1.0, *nll)}
         if z_weight:

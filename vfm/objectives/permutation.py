@@ -13,7 +13,7 @@ def permutation(model) -> LossFn:
 
     def loss_fn(params, variables, batch, rng, *, train: bool):
         check_batch(batch, "order", "permutation", "permutation")
-        logits, _ = apply(model, params, variables, batch, rng, train=train)
+        logits, _, variables = apply(model, params, variables, batch, rng, train=train)
         nll, accuracy = cross_entropy(logits, batch)
         return {"text": (1.0, *nll)}, Aux({"token_accuracy": accuracy}, variables)
 

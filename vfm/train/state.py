@@ -24,11 +24,17 @@ class TrainState(flax.struct.PyTreeNode):
     rng: jax.Array
 
 
-def create(model, tx: optax.GradientTransformation, *, seed: int, length: int, ema: bool) -> TrainState:
-    """A fresh state. Pure: call it inside `jit` with `out_shardings` (see `shardings`)."""
+def create(
+    model, tx: optax.GradientTransformation, *, seed: int, length: int, ema: bool, more=lambda params: {}
+) -> TrainState:
+    """A fresh state. Pure: call it inside `jit` with `out_shardings` (see `shardings`).
+
+    more: (params) -> variables that the objective keeps beside the model's.
+    """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     variables = dict(model_lib.init(model, init_key, length))
     params = variables.pop("params")
+    variables |= more(params)
     # A copy: the average must not share its buffer with parameters that are donated.
     average = jax.tree.map(jnp.copy, params) if ema else {}
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), variables, average, run_key)
@@ -42,7 +48,11 @@ def shardings(state: TrainState, tx: optax.GradientTransformation, mesh: Mesh, r
         step=replicated,
         params=params,
         opt_state=state_shardings(tx, state.params, params, mesh, state.opt_state),
-        variables=jax.tree.map(lambda _: replicated, state.variables),
+        # Encoders that follow the trained ones are sharded like them.
+        variables={
+            name: params if name == "momentum" else jax.tree.map(lambda _: replicated, value)
+            for name, value in state.variables.items()
+        },
         ema=params if jax.tree.leaves(state.ema) else {},
         rng=replicated,
     )
