@@ -50,7 +50,10 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*/(projection|hidden[^/]*)/kernel", ("channels", "embed")),
     (r".*/(patch|projection|(frames|samples|hidden|conv)[^/]*)/bias", ("norm",)),
     (r".*/(positions|block_positions|token_types|degree_in|degree_out)/embedding", ("tokens", "embed")),
-    (r"(.*/)?(positions|queries|channel_embeddings|signals_[^/]*|(class|distillation|graph)_token)", ("tokens", "norm")),
+    (
+        r"(.*/)?(positions|queries|registers|channel_embeddings|signals_[^/]*|(class|distillation|graph)_token)",
+        ("tokens", "norm"),
+    ),
     (r"logit_(scale|bias)", ()),
 )
 

@@ -1,3 +1,6 @@
+import functools
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import pytest
 from vfm import tree
 from vfm.encoders import ViT
 from vfm.errors import UserError
+from vfm.layers.positions import rotary_2d, rotate, sinusoidal, sinusoidal_2d
 
 SIZE, PATCH, WIDTH = (6, 8), 2, 16
 
@@ -60,3 +64,193 @@ def test_wrong_shapes_are_refused(vit):
             model.apply({"params": params}, wrong, train=False)
     with pytest.raises(UserError, match="patch_size=3 does not divide image_size"):
         _ = ViT(image_size=(9, 8), patch_size=3).num_tokens
+
+
+FIXTURES = pathlib.Path(__file__).parents[3] / "shared" / "fixtures"
+TINY = {"image_size": (8, 8), "channels": 1, "patch_size": 2, "width": 16, "depth": 1, "mlp_dim": 24}
+
+
+def build(seed=0, batch=2, **fields):
+    """(model, random parameters, images)."""
+    model = ViT(**{**TINY, **fields})
+    images = jax.random.normal(jax.random.key(seed), (batch, *model.item_shape))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
+    rng = np.random.default_rng(seed)
+    draw = lambda path, leaf: jnp.asarray(rng.normal(path.endswith("scale"), 0.3, leaf.shape), jnp.float32)
+    return model, jax.tree.map(draw, tree.paths(shapes), shapes), images
+
+
+@functools.cache
+def jitted(model, train):
+    return jax.jit(lambda p, x, rngs: model.apply({"params": p}, x, train=train, rngs=rngs))
+
+
+def apply(model, params, images, train=False, rngs=None):
+    return jitted(model, train)(params, images, rngs)
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean", "map"])
+def test_pooled(pooling):
+    model, params, images = build(pooling=pooling, num_registers=3)
+    y, out = apply(model, params, images)
+    E = 3 + (pooling == "class")
+    assert y.shape == (2, model.num_tokens, 16) and out["pooled"].shape == (2, 16)
+    assert out["layers"].shape == (1, 2, E + 16, 16) and out["registers"].shape == (2, 3, 16)
+    # All tokens in the order that the docstring says, before the norm of the stack, and after it.
+    norm = nn.LayerNorm(epsilon=1e-5).apply({"params": params["transformer"]["norm"]}, out["layers"][-1])
+    np.testing.assert_allclose(norm[:, E:], y, atol=2e-5)
+    np.testing.assert_allclose(norm[:, E - 3 : E], out["registers"], atol=2e-5)
+    if pooling == "class":
+        np.testing.assert_allclose(norm[:, 0], out["pooled"], atol=2e-5)
+        np.testing.assert_array_equal(out["class"], out["pooled"])
+    elif pooling == "mean":
+        np.testing.assert_allclose(y.mean(axis=1), out["pooled"], atol=1e-5)
+    else:  # one query: softmax over the patches, by hand
+        p = params["pooling"]
+        project = lambda name, x: jnp.einsum("...d,dnk->...nk", x, p["attention"][name]["kernel"])
+        query = project("query", p["queries"])[0] + p["attention"]["query"]["bias"]
+        key = project("key", y) + p["attention"]["key"]["bias"][None, None]
+        value = project("value", y) + p["attention"]["value"]["bias"][None, None]
+        weights = jax.nn.softmax(jnp.einsum("nk,bpnk->bnp", query, key) / np.sqrt(8), axis=-1)
+        h = jnp.einsum("bnp,bpnk,nkd->bd", weights, value, p["attention"]["out"]["kernel"])
+        h = h + p["attention"]["out"]["bias"][None]
+        normed = nn.LayerNorm(epsilon=1e-5).apply({"params": p["norm"]}, h)
+        up = nn.gelu(normed @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"][None])
+        expected = h + up @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"][None]
+        np.testing.assert_allclose(expected, out["pooled"], atol=2e-5)
+
+
+def test_a_permutation_of_the_patches_permutes_the_features_but_for_the_positions():
+    """Without positions patches are a set: the positions alone tell where a patch stands."""
+    order = np.random.default_rng(0).permutation(16)
+    cut = lambda x: x.reshape(2, 4, 2, 4, 2, 1).swapaxes(2, 3).reshape(2, 16, 2, 2, 1)
+    join = lambda x: x.reshape(2, 4, 4, 2, 2, 1).swapaxes(2, 3).reshape(2, 8, 8, 1)
+    for positions in ("learned", "sinusoidal", "rope"):
+        model, params, images = build(positions=positions, pooling="class")
+        y, _ = apply(model, params, images)
+        moved, _ = apply(model, params, join(cut(images)[:, order]))
+        assert float(jnp.abs(moved - y[:, order]).max()) > 1e-2
+        if positions == "learned":
+            same = {**params, "positions": jnp.zeros_like(params["positions"])}
+            (y, _), (moved, _) = apply(model, same, images), apply(model, same, join(cut(images)[:, order]))
+            np.testing.assert_allclose(moved, y[:, order], atol=2e-5)
+
+
+def test_rotary_positions_are_relative():
+    """A shift of the whole grid by rows or columns changes no logit: only the offsets of the patches count."""
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 20, 2, 8)).astype(np.float32)
+    sin, cos = rotary_2d((9, 9), 8, 100.0)
+
+    def logits(row, column):
+        at = [(row + r) * 9 + column + c for r in range(4) for c in range(5)]
+        turned = [rotate(jnp.asarray(x), (sin[None, at], cos[None, at])) for x in (q, k)]
+        return jnp.einsum("btnk,bsnk->bnts", *turned)
+
+    start = logits(0, 0)
+    for shift in ((1, 0), (0, 1), (4, 3)):
+        np.testing.assert_allclose(logits(*shift), start, atol=1e-4)
+    assert float(jnp.abs(start - jnp.einsum("btnk,bsnk->bnts", q, k)).max()) > 0.1
+    with pytest.raises(UserError, match="head_dim that 4 divides, not 6"):
+        rotary_2d((2, 2), 6, 100.0)
+
+
+def test_sinusoidal_positions_of_a_grid():
+    table = sinusoidal_2d((3, 5), 12).reshape(3, 5, 12)
+    np.testing.assert_array_equal(table[:, :, :6], np.broadcast_to(sinusoidal(5, 6)[None], (3, 5, 6)))
+    np.testing.assert_array_equal(table[:, :, 6:], np.broadcast_to(sinusoidal(3, 6)[:, None], (3, 5, 6)))
+    with pytest.raises(UserError, match="a width that 4 divides, not 10"):
+        sinusoidal_2d((2, 2), 10)
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="no reference files")
+def test_sinusoidal_positions_are_those_of_mae():
+    theirs = np.load(FIXTURES / "functions" / "sincos_positions" / "io.npz")["out/mae_6x6"]
+    model, params, images = build(image_size=(12, 12), width=24, positions="sinusoidal", pooling="class")
+    zero = {**params, "class_token": jnp.zeros((1, 24)), "patch": jax.tree.map(jnp.zeros_like, params["patch"])}
+    _, out = apply(model, zero, images)
+    np.testing.assert_allclose(out["input"][0], theirs.reshape(37, 24), atol=2e-5)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rope"])
+def test_any_size(positions):
+    fixed, params, images = build(positions=positions, pooling="class", num_registers=1)
+    free = fixed.clone(any_size=True)
+    np.testing.assert_array_equal(apply(free, params, images)[0], apply(fixed, params, images)[0])
+    wide = jax.random.normal(jax.random.key(1), (2, 6, 12, 1))
+    y, out = apply(free, params, wide)
+    assert y.shape == (2, 18, 16) and out["input"].shape == (2, 20, 16)
+    y = apply(free.clone(interpolation="bilinear"), params, wide)[0]
+    assert (positions == "learned") == bool(jnp.abs(y - apply(free, params, wide)[0]).max() > 1e-4)
+    with pytest.raises(UserError, match=r"ViT takes items of shape \(8, 8, 1\), not \(6, 12, 1\)"):
+        apply(fixed, params, wide)
+    with pytest.raises(UserError, match=r"patch_size=2 does not divide the size of the image=\(6, 11\)"):
+        apply(free, params, wide[:, :, :11])
+    with pytest.raises(UserError, match=r"not \(8, 8, 2\)"):
+        apply(free, params, jnp.ones((2, 8, 8, 2)))
+
+
+def test_patch_dropout_takes_patches_out_in_training_only():
+    model, params, images = build(pooling="class", num_registers=2, patch_dropout=0.75, positions="rope")
+    assert apply(model, params, images)[0].shape == (2, 16, 16)
+    run = jax.jit(lambda key, images: model.apply({"params": params}, images, train=True, rngs={"dropout": key}))
+    y, out = run(jax.random.key(0), images)
+    kept = np.asarray(out["kept"])
+    assert y.shape == (2, 4, 16) and out["input"].shape == (2, 3 + 4, 16) and kept.shape == (2, 4)
+    assert (np.diff(kept) > 0).all() and (kept[0] != kept[1]).any()
+    assert (np.asarray(run(jax.random.key(1), images)[1]["kept"]) != kept).any()
+    # Those that were taken out do not matter, and the others do.
+    pixels = np.repeat(np.repeat(np.isin(np.arange(16), kept[0]).reshape(4, 4), 2, 0), 2, 1)[None, :, :, None]
+    first = images[:1]
+    changed = lambda where: jnp.concatenate([jnp.where(where, first + 1, first), images[1:]])
+    np.testing.assert_array_equal(run(jax.random.key(0), changed(~pixels))[0], y)
+    assert (jnp.abs(run(jax.random.key(0), changed(pixels))[0][0] - y[0]).max(axis=-1) > 1e-4).all()
+    # Each patch stays equally often.
+    many = jax.vmap(lambda key: model.apply({"params": params}, images, train=True, rngs={"dropout": key})[1]["kept"])
+    share = np.bincount(np.asarray(jax.jit(many)(jax.random.split(jax.random.key(2), 400))).ravel(), minlength=16) / 800
+    np.testing.assert_allclose(share, 0.25, atol=0.08)
+
+
+def test_patches_that_stay_have_the_positions_of_their_places():
+    """Without attention a feature depends on its own patch and place: the rest does not know what was taken out."""
+    for positions in ("learned", "sinusoidal"):
+        model, params, images = build(patch_dropout=0.5, positions=positions)
+        bare = tree.unflatten({path: 0 * leaf if path.endswith("attention/out/kernel") else leaf
+                               for path, leaf in tree.flatten(params).items()})  # fmt: skip
+        whole, _ = apply(model, bare, images)
+        y, out = apply(model, bare, images, train=True, rngs={"dropout": jax.random.key(0)})
+        np.testing.assert_allclose(y, jnp.take_along_axis(whole, out["kept"][:, :, None], axis=1), atol=1e-5)
+
+
+def test_switches_of_layers():
+    """Each switch adds or takes away the parameters that it says, and no other."""
+    paths = lambda **fields: set(tree.flatten(build(**fields)[1]))
+    plain = paths()
+    assert paths(embedding_norm=True) - plain == {"embedding_norm/scale", "embedding_norm/bias"}
+    assert plain - paths(patch_bias=False) == {"patch/bias"}
+    gone = {f"transformer/layers/attention/{name}/bias" for name in ("query", "key", "value")}
+    assert plain - paths(qkv_bias=False) == gone
+    assert plain - paths(positions="rope") == plain - paths(positions="sinusoidal") == {"positions"}
+    assert paths(pooling="class") - plain == {"class_token"} and paths(num_registers=2) - plain == {"registers"}
+    model, params, images = build(embedding_norm=True)
+    _, out = apply(model, params, images)
+    scale, bias = (params["embedding_norm"][name][None, None] for name in ("scale", "bias"))
+    normal = (out["input"] - bias) / scale
+    np.testing.assert_allclose(normal.mean(axis=-1), 0, atol=1e-4)
+    y = apply(model, params, images)[0]
+    assert float(jnp.abs(apply(model.clone(activation="quick_gelu"), params, images)[0] - y).max()) > 1e-3
+    assert float(jnp.abs(apply(model.clone(norm_epsilon=0.1), params, images)[0] - y).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"pooling": "max"}, "unknown pooling 'max' in model.encoders.*map"),
+        ({"positions": "alibi"}, "unknown positions 'alibi' in model.encoders.*rope"),
+        ({"patch_dropout": 1.0}, "patch_dropout=1.0 must be a share"),
+        ({"any_size": True, "interpolation": "cubic"}, "unknown interpolation 'cubic'.*bicubic"),
+    ],
+)
+def test_unknown_fields_are_one_line(fields, message):
+    with pytest.raises(UserError, match=message):
+        images = jnp.zeros((1, 8, 12 if "any_size" in fields else 8, 1))
+        ViT(**{**TINY, **fields}).init(jax.random.key(0), images, train=False)

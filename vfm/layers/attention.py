@@ -74,21 +74,12 @@ def dot_product_attention(
     go chunk by chunk, and the keys behind a chunk are not computed, which saves up to half of the work.
     """
     B, T, N, K = q.shape
-    M = k.shape[2]
-    q = (q * scale).reshape(B, T, M, N // M, K).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    if bias is not None:
-        bias = bias.reshape(bias.shape[0], M, N // M, *bias.shape[2:])
+    q, k, bias = _grouped(q, k, bias, scale)
+    v = v.transpose(0, 2, 1, 3)
 
     def attend(queries: slice, keys: slice):
         part = lambda x: None if x is None else x[..., queries, keys]
-        logits = jnp.einsum("bmgtk,bmsk->bmgts", q[..., queries, :], k[:, :, keys], preferred_element_type=jnp.float32)
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        if bias is not None:
-            logits = logits + part(bias)
-        if mask is not None:
-            logits = jnp.where(part(mask)[:, :, None], logits, jnp.finfo(jnp.float32).min)
+        logits = _logits(q[..., queries, :], k[:, :, keys], part(mask), part(bias), softcap)
         # The division comes behind the product with the values, which are fewer than the logits.
         weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
         y = jnp.einsum("bmgts,bmsk->bmgtk", weights.astype(v.dtype), v[:, :, keys], preferred_element_type=jnp.float32)
@@ -100,6 +91,40 @@ def dot_product_attention(
     else:
         y = attend(slice(None), slice(None))
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, N, K)
+
+
+def attention_weights(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """softmax(scale · Q K^T + bias) float32[B, N, T, S]; arguments as in `dot_product_attention`."""
+    B, T, N, _ = q.shape
+    q, k, bias = _grouped(q, k, bias, scale)
+    return jax.nn.softmax(_logits(q, k, mask, bias, softcap), axis=-1).reshape(B, N, T, -1)
+
+
+def _grouped(q, k, bias, scale):
+    """Scaled queries [B, M, G, T, K], keys [B, M, S, K] and bias [B | 1, M, G, T, S] of M groups of G heads."""
+    B, T, N, K = q.shape
+    M = k.shape[2]
+    q = (q * scale).reshape(B, T, M, N // M, K).transpose(0, 2, 3, 1, 4)
+    bias = None if bias is None else bias.reshape(bias.shape[0], M, N // M, *bias.shape[2:])
+    return q, k.transpose(0, 2, 1, 3), bias
+
+
+def _logits(q, k, mask, bias, softcap) -> jax.Array:
+    """float32[B, M, G, T, S] of what `_grouped` gave; mask: bool[B | 1, 1, T, S]."""
+    logits = jnp.einsum("bmgtk,bmsk->bmgts", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias
+    return logits if mask is None else jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
 
 
 def _write(cache: jax.Array, x: jax.Array, layer: jax.Array, start: jax.Array | int) -> jax.Array:
@@ -116,6 +141,7 @@ class Attention(nn.Module):
 
     Fields:
       scale: factor of the logits; None: 1 / sqrt(head_dim). T5 has 1 (its queries start smaller instead).
+      key_bias: None: `use_bias`.
       softcap: see `dot_product_attention`. out_bias: None: `use_bias`.
       causal: as in `dot_product_attention`.
       qk_norm: "head": queries and keys are RMS-normalised per head, before rotation (Dehghani et al. 2023; Qwen 3);
@@ -127,13 +153,15 @@ class Attention(nn.Module):
     all layers, "index": int32[]}; the new keys are written at `index` of this layer, int32[]. Keys and values of a
     context (`cross`) are computed and written when `context` is given, and read from "cross_key" and "cross_value" when
     it is not.
-    Returns float[B, T, D] and the cache (None without one).
+    Returns float[B, T, D] and the cache (None without one). Where the caller asks for the collection "intermediates"
+    (`mutable`), "weights" float32[B, N, T, S] are put there; else nothing is computed for them.
     """
 
     num_heads: int = 4
     num_kv_heads: int | None = None
     head_dim: int | None = None
     use_bias: bool = True
+    key_bias: bool | None = None
     out_bias: bool | None = None
     qk_norm: str = "none"
     norm_epsilon: float = 1e-6
@@ -164,9 +192,10 @@ class Attention(nn.Module):
         small = nn.initializers.variance_scaling(1 / (head_dim * scale**2), "fan_in", "truncated_normal")
 
         def heads(name, count, source, init=plain):
+            bias = self.key_bias if name == "key" and self.key_bias is not None else self.use_bias
             layer = nn.DenseGeneral(
                 (count, head_dim),
-                use_bias=self.use_bias,
+                use_bias=bias,
                 dtype=self.dtype,
                 kernel_init=init,
                 dot_general=dot_general,
@@ -203,16 +232,11 @@ class Attention(nn.Module):
                 cache = {**cache, **{name: _write(cache[name], new, layer, start) for name, new in zip(names, (k, v))}}
         if cache is not None:
             k, v = (cache[name][layer].swapaxes(1, 2) for name in names)
-        y = dot_product_attention(
-            q,
-            k.astype(q.dtype),
-            v.astype(q.dtype),
-            mask=mask,
-            bias=bias,
-            scale=scale,
-            softcap=self.softcap,
-            causal=self.causal,
-        )
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        how = {"mask": mask, "bias": bias, "scale": scale, "softcap": self.softcap}
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "weights", attention_weights(q, k, **how))
+        y = dot_product_attention(q, k, v, **how, causal=self.causal)
         y = constrain(y, "batch", "length", "heads", None)
         y = nn.DenseGeneral(
             D,

@@ -142,6 +142,71 @@ def sinusoidal(length: int, width: int) -> np.ndarray:
     return np.concatenate([np.sin(angle), np.cos(angle[:, : width // 2])], axis=1).astype(np.float32)
 
 
+def sinusoidal_2d(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed positions float32[rows · columns, D] of a grid, rows first (MAE, He et al. 2022).
+
+    The first half of the dimensions is `sinusoidal` of the column, the second half that of the row. `UserError` unless
+    4 divides D.
+    """
+    if width % 4:
+        raise UserError(f"sinusoidal positions of a grid need a width that 4 divides, not {width}")
+    rows, columns = (sinusoidal(side, width // 2) for side in grid)
+    table = [np.broadcast_to(columns[None], (*grid, width // 2)), np.broadcast_to(rows[:, None], (*grid, width // 2))]
+    return np.concatenate(table, axis=-1).reshape(-1, width)
+
+
+def rotary_2d(grid: tuple[int, int], rotary_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Sine and cosine tables float32[rows · columns, K / 2] of a grid, rows first, for `rotate`.
+
+    The first half of the pairs turns by the row, the second half by the column (axial RoPE, Heo et al. 2024), so
+    that the logit of two patches depends on where one lies as seen from the other. `UserError` unless 4 divides K.
+    """
+    if rotary_dim % 4:
+        raise UserError(f"rotary positions of a grid need a head_dim that 4 divides, not {rotary_dim}")
+    frequency = float(theta) ** -(np.arange(0, rotary_dim, 4) / rotary_dim)
+    angle = np.indices(grid).reshape(2, -1)[:, :, None] * frequency
+    angle = np.concatenate(list(angle), axis=-1)
+    return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
+
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+def resize_positions(
+    table: jax.Array, grid: tuple[int, int], to: tuple[int, int], interpolation: str = "bicubic"
+) -> jax.Array:
+    """A table of learned positions float[R + rows · columns, D] for another grid: float[R + rows' · columns', D].
+
+    The first R rows (class token) stay. A value is taken where the middle of its cell falls in the old grid, whose
+    edges are continued; nothing is smoothed where the grid shrinks (as ViT, DINO and their relatives resize).
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise unknown("interpolation", interpolation, INTERPOLATIONS)
+    first = table.shape[0] - grid[0] * grid[1]
+    cells = table[first:].reshape(*grid, -1)
+    rows, columns = (jnp.asarray(_interpolate(a, b, interpolation), table.dtype) for a, b in zip(grid, to))
+    # Exact products: on an accelerator the default ones would round the table.
+    cells = jnp.einsum("ip,jq,pqd->ijd", rows, columns, cells, precision=jax.lax.Precision.HIGHEST)
+    return jnp.concatenate([table[:first], cells.reshape(to[0] * to[1], -1)])
+
+
+def _interpolate(old: int, new: int, interpolation: str) -> np.ndarray:
+    """The matrix float64[new, old] that resizes a signal of `old` samples to `new` (Keys 1981, with a = -3/4)."""
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    before = np.floor(at).astype(int)
+    matrix = np.zeros((new, old))
+    for tap in (-1, 0, 1, 2):
+        distance = np.abs(at - before - tap)
+        if interpolation == "bilinear":
+            weight = np.maximum(1 - distance, 0)
+        else:
+            near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+            far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+            weight = np.where(distance <= 1, near, far)
+        np.add.at(matrix, (np.arange(new), np.clip(before + tap, 0, old - 1)), weight)
+    return matrix
+
+
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """Slopes float32[N] of linear position biases (ALiBi, Press et al. 2022): 2^(-8/N), 2^(-16/N), ….
 

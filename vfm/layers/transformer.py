@@ -38,7 +38,8 @@ class BlockFields(nn.Module):
       arrangement: "sequential": attention, then MLP. "parallel": x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX),
         "parallel_one_norm": both read the same norm (GPT-J, PaLM)
       activation, gated: see `MLP`
-      use_bias: of all layers; qkv_bias, out_bias (attention), mlp_bias, norm_bias: None: as `use_bias`
+      use_bias: of all layers; qkv_bias, out_bias (attention), mlp_bias, norm_bias: None: as `use_bias`;
+        key_bias: None: as qkv_bias (Whisper has none on the keys)
       qk_norm, attention_scale, attention_softcap, rope_interleaved: see `Attention`
       num_experts: a mixture of experts (see `MoE`) in place of the MLP; experts_per_token, normalise_weights of it
       dropout: of every branch. depth: of the stack, for initialisation. remat: a policy of `REMAT`
@@ -58,6 +59,7 @@ class BlockFields(nn.Module):
     gated: bool = False
     use_bias: bool = True
     qkv_bias: bool | None = None
+    key_bias: bool | None = None
     out_bias: bool | None = None
     mlp_bias: bool | None = None
     norm_bias: bool | None = None
@@ -88,11 +90,11 @@ class BlockFields(nn.Module):
 class Block(BlockFields):
     """Transformer block: attention and MLP, each with a residual connection; float[B, T, D] -> float[B, T, D].
 
-    With `cross` a second attention, over a context, stands between the two. The call takes positional arguments only,
-    the first of which is (x, cache of all layers or None), and returns ((x, cache), out), as `nn.scan` wants. `layer`
-    holds what differs from layer to layer: number (int32[], its place in the cache), local (bool[]: this layer's
-    attention is the local one), scale (float32[], of the logits). `shared` holds the rest: mask, bias, table and
-    context, context_mask; local_mask and local_table for local layers.
+    With `cross` a second attention, over a context, stands between the two; a token that may see nothing of the context
+    passes by it. The call takes positional arguments only, the first of which is (x, cache of all layers or None), and
+    returns ((x, cache), out), as `nn.scan` wants. `layer` holds what differs from layer to layer: number (int32[], its
+    place in the cache), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits).
+    `shared` holds the rest: mask, bias, table and context, context_mask; local_mask and local_table for local layers.
     """
 
     @nn.compact
@@ -128,6 +130,7 @@ class Block(BlockFields):
                 num_kv_heads=self.num_kv_heads,
                 head_dim=self.head_dim,
                 use_bias=self.use_bias if self.qkv_bias is None else self.qkv_bias,
+                key_bias=self.key_bias,
                 out_bias=self.use_bias if self.out_bias is None else self.out_bias,
                 qk_norm=self.qk_norm,
                 norm_epsilon=self.norm_epsilon,
@@ -182,7 +185,10 @@ class Block(BlockFields):
                     cache=cache,
                     layer=layer.get("number"),
                 )
-                x = leave("cross", x + branch("cross", y))
+                y = leave("cross", x + branch("cross", y))
+                if "context_mask" in shared:  # without any key attention gives the mean of the masked values
+                    y = jnp.where(shared["context_mask"].any(axis=-1)[:, 0, :, None], y, x)
+                x = y
             x = leave("mlp", x + branch("mlp", mlp(enter("mlp", x))))
         out["x"] = x
         return (x, cache), out
@@ -221,7 +227,7 @@ class Transformer(BlockFields):
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False, static_argnums=(4,))
         stack = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.depth,
