@@ -1,83 +1,45 @@
+import functools
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vfm import tree
-from vfm.encoders import AudioTransformer
-from vfm.encoders.audio import hz_to_mel, log_mel, mel_filterbank, mel_to_hz, power_spectrogram
+from vfm.data.audio import Dtmf
+from vfm.encoders import AST, AudioTransformer
+from vfm.encoders.audio import WHISPER, conv_strides, sinusoids
 from vfm.errors import UserError
 
 FUNCTIONS = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "functions"
-FIXTURE = FUNCTIONS / "mel_spectrogram" / "io.npz"
-needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason="no reference files")
-RATE = 8000
+ENCODERS = {
+    "frames": AudioTransformer(depth=1),
+    "whisper": AudioTransformer(**WHISPER | {"n_fft": 256, "hop": 128, "n_mels": 32, "sample_rate": 8000}, depth=1),
+    "waveform": AudioTransformer(stem="waveform", depth=1),
+    "ast": AST(num_samples=1024, depth=1),
+}
+every_encoder = pytest.mark.parametrize("name", ENCODERS)
 
 
-@needs_fixture
-def test_spectrogram_equals_the_reference_library():
-    io = np.load(FIXTURE)
-    found = jax.jit(lambda wave: power_spectrogram(wave, 256, 80))(io["in/wave"][None])
-    np.testing.assert_allclose(found[0].T, np.abs(io["out/torch_stft"]) ** 2, rtol=1e-3, atol=1e-4)
+def parameters(model, seed=1):
+    sound = jnp.zeros((1, *model.item_shape))
+    return jax.jit(lambda key: model.init(key, sound, train=False)["params"])(jax.random.key(seed))
 
 
-@needs_fixture
-def test_filters_equal_the_reference_libraries():
-    io = np.load(FIXTURE)
-    found = {"librosa_mel_filters_slaney": mel_filterbank(20, 256, RATE).T,
-             "whisper_mel_filters": mel_filterbank(20, 200, RATE, max_frequency=8000)}  # fmt: skip
-    for name, filters in found.items():
-        np.testing.assert_allclose(filters, io[f"out/{name}"], atol=1e-7, err_msg=name)
-
-
-@needs_fixture
-def test_log_mel_equals_the_reference_library():
-    """It pads the sound to its chunk, of one second here, and its filters end at 8 kHz whatever the rate."""
-    io = np.load(FIXTURE)
-    wave = np.pad(io["in/wave"], (0, RATE - len(io["in/wave"])))[None]
-    options = dict(sample_rate=RATE, n_fft=200, hop=80, n_mels=20, max_frequency=8000)
-    found = jax.jit(lambda wave: log_mel(wave, **options))(wave)
-    assert found.shape == (1, 100, 20)
-    np.testing.assert_allclose(found[0].T, io["out/whisper_log_mel"], rtol=1e-3, atol=1e-4)
-
-
-def test_mel_scale():
-    hz = np.array([0.0, 440.0, 999.0, 1000.0, 1001.0, 3999.0])
-    np.testing.assert_allclose(mel_to_hz(hz_to_mel(hz)), hz, rtol=1e-12)
-    assert hz_to_mel(1000.0) == 15 and hz_to_mel(200.0) == 3
-    assert hz_to_mel(6400.0) == pytest.approx(42)  # 27 steps for a factor of 6.4
-    filters = mel_filterbank(40, 512, RATE)
-    assert (filters >= 0).all() and (filters.max(axis=0) > 0).all()
-    np.testing.assert_allclose(filters.sum(axis=0) * RATE / 512, 1, atol=0.12)  # unit area
-
-
-def test_a_tone_peaks_in_its_mel_bin():
-    n_mels = 32
-    tones = mel_to_hz(np.linspace(0, hz_to_mel(RATE / 2), n_mels + 2))[1:-1]
-    waves = np.sin(2 * np.pi * tones[:, None] * np.arange(2048) / RATE)
-    found = log_mel(jnp.asarray(waves), sample_rate=RATE, n_fft=512, hop=128, n_mels=n_mels)
-    assert found.shape == (n_mels, 16, n_mels)
-    np.testing.assert_array_equal(found[:, 8].argmax(axis=-1), np.arange(n_mels))
-    assert float((found.max(axis=(1, 2)) - found.min(axis=(1, 2))).max()) <= 2.0 + 1e-6  # 8 decades / 4
-
-
-def test_louder_is_only_brighter():
-    wave = jax.random.normal(jax.random.key(0), (1, 2048)) * 0.01
-    options = dict(sample_rate=RATE, n_fft=256, hop=128, n_mels=16)
-    soft, loud = log_mel(wave, **options), log_mel(10 * wave, **options)
-    np.testing.assert_allclose(loud - soft, jnp.full_like(loud, 0.5), atol=1e-4)  # 20 dB: two decades / 4
+def bare(params):
+    """Parameters with which the Transformer's branches add nothing: tokens do not see each other."""
+    return tree.unflatten({path: 0 * leaf if path.endswith(("out/kernel", "down/kernel")) else leaf
+                           for path, leaf in tree.flatten(params).items()})  # fmt: skip
 
 
 def test_tokens_stand_in_the_order_of_time():
     model = AudioTransformer(num_samples=2048, n_fft=128, hop=128, frames=4, depth=1)
     assert (model.item_shape, model.num_tokens) == ((2048,), 4)
     wave = 0.01 * jax.random.normal(jax.random.key(0), (1, 2048))
-    params = jax.jit(lambda key: model.init(key, wave, train=False)["params"])(jax.random.key(1))
-    bare = tree.unflatten({path: 0 * leaf if path.endswith(("out/kernel", "down/kernel")) else leaf
-                           for path, leaf in tree.flatten(params).items()})  # fmt: skip
-    run = jax.jit(lambda wave: model.apply({"params": bare}, wave, train=False))
+    params = bare(parameters(model))
+    run = jax.jit(lambda wave: model.apply({"params": params}, wave, train=False))
     # A click at sample 1280 lies in the spectrogram's frame 10, of the third token, and in no other token's.
     (y, out), (loud, after) = run(wave), run(wave.at[:, 1280].add(0.05))
     assert y.shape == (1, 4, 32) and out["log_mel"].shape == (1, 16, 32)
@@ -85,6 +47,155 @@ def test_tokens_stand_in_the_order_of_time():
     np.testing.assert_array_equal(np.flatnonzero(jnp.abs(loud - y).max(axis=(0, 2))), [2])
 
 
-def test_wrong_lengths_are_refused():
-    with pytest.raises(UserError, match=r"AudioTransformer takes items of shape \(1024,\), not \(1000,\)"):
-        AudioTransformer().init(jax.random.key(0), jnp.zeros((2, 1000)), train=False)
+@pytest.mark.parametrize("stem", ["frames", "convolutions", "waveform"])
+def test_every_stem_gives_the_same_tokens(stem):
+    """As many, and a change of the sound moves those near it only, before the Transformer."""
+    for samples, hop, frames in ((2048, 64, 2), (2100, 64, 2), (960, 80, 3)):
+        model = AudioTransformer(num_samples=samples, n_fft=64, hop=hop, frames=frames, stem=stem, depth=1)
+        run = functools.partial(model.init_with_output, jax.random.key(0), train=False)
+        (x, _), _ = jax.eval_shape(run, jnp.ones((2, samples)))
+        assert x.shape == (2, samples // (hop * frames), 32) == (2, model.num_tokens, 32)
+    model = AudioTransformer(num_samples=2048, n_fft=64, hop=64, frames=2, stem=stem, depth=1)
+    params = bare(parameters(model))
+    run = jax.jit(lambda wave: model.apply({"params": params}, wave, train=False)[1]["input"])
+    wave = jax.random.normal(jax.random.key(0), (1, 2048)) * 0.1
+    moved = jnp.abs(run(wave.at[:, 1088:1152].set(wave[:, 1088:1152][:, ::-1])) - run(wave)).max(axis=(0, 2))
+    far = np.abs(np.arange(16) - 8) > 2  # turned around in time: mean and variance of the item stay
+    assert moved[8] > 1e-2 and moved[far].max() < 1e-4
+
+
+def test_strides_of_the_waveform():
+    assert [conv_strides(n) for n in (512, 320, 160, 7, 22, 1)] == [(8, 8, 8), (8, 8, 5), (8, 5, 4), (7,), (2, 11), ()]
+
+
+@pytest.mark.skipif(not FUNCTIONS.exists(), reason="no reference files")
+def test_sinusoids_are_those_of_whisper():
+    wanted = np.load(FUNCTIONS / "sincos_positions" / "io.npz")["out/whisper"]
+    np.testing.assert_allclose(sinusoids(*wanted.shape), wanted, atol=1e-6)
+
+
+def test_patches_are_laid_low_frequencies_first():
+    model = ENCODERS["ast"]
+    rows, columns = model.grid
+    assert model.num_tokens == 2 + rows * columns and (rows, columns) == (5, 1)
+    model = AST(num_samples=2000, depth=1)
+    assert model.grid == (5, 3) and model.length == 23
+    params = bare(parameters(model))
+    run = jax.jit(lambda x: model.apply({"params": params}, x, train=False)[0])
+    bank = jax.random.normal(jax.random.key(0), (1, 23, 32))
+    for frame, mel, token in ((0, 0, 2), (19, 0, 4), (0, 31, 14), (9, 15, 9)):  # patches overlap, but not there
+        moved = jnp.abs(run(bank.at[:, frame, mel].add(1.0)) - run(bank)).max(axis=(0, 2))
+        np.testing.assert_array_equal(np.flatnonzero(moved), [token])
+
+
+def test_what_is_pooled():
+    model = ENCODERS["ast"]
+    sound = jax.random.normal(jax.random.key(0), (2, 1024)) * 0.1
+    x, out = model.apply({"params": parameters(model)}, sound, train=False)
+    np.testing.assert_allclose(out["pooled"], (x[:, 0] + x[:, 1]) / 2, atol=1e-6)
+
+
+@every_encoder
+def test_spectrograms_are_taken_as_they_are(name):
+    model = ENCODERS[name]
+    if name == "waveform":
+        with pytest.raises(UserError, match="takes items of shape"):
+            model.init(jax.random.key(0), jnp.zeros((1, 8, 32)), train=False)
+        return
+    sound = jax.random.normal(jax.random.key(0), (2, 1024)) * 0.1
+    params = parameters(model)
+    run = jax.jit(lambda x: model.apply({"params": params}, x, train=False))
+    x, out = run(sound)
+    again, _ = run(out["fbank" if name == "ast" else "log_mel"])
+    np.testing.assert_allclose(again, x, atol=1e-5)
+
+
+@every_encoder
+def test_silence_is_finite(name):
+    model, params = ENCODERS[name], parameters(ENCODERS[name])
+
+    @jax.jit
+    def run(params, sound):
+        def loss(params, sound):
+            x, _ = model.apply({"params": params}, sound, train=True, rngs={"dropout": jax.random.key(0)})
+            return jnp.square(x).sum() + x[..., 0].sum()
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(params, sound)
+
+    for leaf in jax.tree.leaves(run(params, jnp.zeros((2, 1024)))):
+        assert jnp.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("name", ["frames", "ast"])
+def test_masks_in_training_only(name):
+    model = ENCODERS[name].clone(mask_time=0.5, mask_mel=0.5)
+    params = parameters(model)
+    sound = jax.random.normal(jax.random.key(0), (2, 1024)) * 0.1
+    run = jax.jit(
+        lambda key, train: model.apply({"params": params}, sound, train=train, rngs={"dropout": key})[0],
+        static_argnums=1,
+    )
+    one, two = jax.random.key(1), jax.random.key(2)
+    np.testing.assert_array_equal(run(one, False), run(two, False))
+    assert float(jnp.abs(run(one, True) - run(two, True)).max()) > 1e-3
+    plain = ENCODERS[name].apply({"params": params}, sound, train=True)[0]  # needs no random key
+    np.testing.assert_allclose(plain, run(one, False), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (AudioTransformer(), r"AudioTransformer takes items of shape \(1024,\), not \(1000,\)"),
+        (AudioTransformer(stem="waveform"), r"AudioTransformer takes items of shape \(1024,\), not \(1000,\)"),
+        (AST(), r"AST takes items of shape \(2000,\), not \(1000,\)"),
+        (AudioTransformer(num_samples=1000, frames=8), "num_samples=1000 is shorter than one token of .* 1024 samples"),
+        (AudioTransformer(num_samples=1000, stem="patches"), "unknown stem 'patches'.*waveform"),
+        (AudioTransformer(num_samples=1000, positions="rope"), "unknown positions 'rope'"),
+        (AudioTransformer(num_samples=1000, mask_time=1.5), "mask_time=1.5 must be a share"),
+        (AST(num_samples=100), "num_samples=100 is shorter than a window of 200 samples"),
+        (AST(num_samples=1000, patch_size=16), "a patch of 16 does not fit into 32 bins × 11 frames"),
+    ],
+)
+def test_what_does_not_fit_is_refused(model, message):
+    with pytest.raises(UserError, match=message):
+        model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, jnp.zeros((2, 1000)), train=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENCODERS)
+def test_every_route_learns_the_keys_of_a_telephone(name):
+    """DTMF tones at any place in noise, from scratch: at least 95 % of the unseen ones."""
+    sizes = {"train": 2000, "validation": 10, "test": 500}
+    fields = dict(num_samples=2048, depth=2, width=32, mlp_dim=64)
+    fields |= dict(n_mels=64) if name == "ast" else dict(n_fft=512, n_mels=64, frames=4)
+    model = ENCODERS[name].clone(**fields)
+
+    def load(split):
+        source = Dtmf(split, duration=0.256, tone=(0.1, 0.2), sizes=sizes)
+        return np.stack([source[i]["audio"] for i in range(len(source))]), source.labels
+
+    sounds, labels = load("train")
+    head = jax.random.normal(jax.random.key(5), (32, 10)) * 0.1
+    params = {"encoder": parameters(model), "head": head}
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, 600), weight_decay=0.01)
+
+    def logits(params, sound, key=None):
+        rngs = {} if key is None else {"dropout": key}
+        x, out = model.apply({"params": params["encoder"]}, sound, train=key is not None, rngs=rngs)
+        return out.get("pooled", x.mean(axis=1)) @ params["head"]
+
+    @jax.jit
+    def step(params, state, sound, label, key):
+        def loss(params):
+            return optax.softmax_cross_entropy_with_integer_labels(logits(params, sound, key), label).mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, rng = tx.init(params), np.random.default_rng(0)
+    for i in range(600):
+        rows = rng.integers(0, len(labels), 64)
+        params, state = step(params, state, sounds[rows], labels[rows], jax.random.key(i))
+    sounds, labels = load("test")
+    found = jax.jit(logits)(params, sounds).argmax(axis=-1)
+    assert float((found == labels).mean()) >= 0.95
