@@ -22,6 +22,7 @@ def base() -> ConfigDict:
             "seed": 0,
             "mode": "train",
             "allow_changed_config": False,
+            "init": {"path": "", "checkpoint": "latest", "match": ()},  # vfm/train/stages.py explains the fields
             "train": {"steps": 1000, "batch_size": 64, "accumulate": 1, "ema": 0.0},
             "optimizer": {
                 "name": "adamw",

@@ -18,8 +18,8 @@ from vfm.data.construct import plain
 from vfm.data.records import CorruptRecord
 from vfm.errors import UserError, unknown
 from vfm.evaluate import CHECKS, EVALUATORS
-from vfm.train import state as state_lib
 from vfm.train import stages, step
+from vfm.train import state as state_lib
 from vfm.train.optimizer import build_optimizer, trained
 
 SECTIONS = ("tokenizer", "model", "data", "objective", "optimizer", "mesh", "train", "eval", "checkpoint", "log")
@@ -53,6 +53,9 @@ def check(config) -> None:
         raise UserError(f"config.seed={config.seed} must be less than 2**32")
     if not 0 <= config.train.ema < 1:
         raise UserError(f"config.train.ema={config.train.ema} must be from 0 (no average) to less than 1, such as 0.99")
+    ours, data = (config[section].get("pairs") for section in ("objective", "data"))
+    if ours is not None and data is not None and tuple(ours) != tuple(data):  # whose items are counted in this order
+        raise UserError(f"config.objective.pairs={tuple(ours)} and config.data.pairs={tuple(data)} must be the same")
     for name in config.eval.evaluators:
         if name not in EVALUATORS:
             raise unknown("evaluator", name, EVALUATORS, "config.eval.evaluators")

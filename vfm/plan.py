@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vfm import data, distributed, flops, model, objectives, report, tokenizers, tree
+from vfm.train.optimizer import trained
 
 # The order of the survey's picture; the roots of the parameter tree are `{block}_{modality}` and `backbone`.
 BLOCKS = ("encoders", "input_projectors", "backbone", "output_projectors", "decoders", "signals")
@@ -73,14 +74,13 @@ def _tokenizer(experiment):
 
 def _parameters(experiment) -> dict[str, int]:
     params = experiment.abstract_state.params
-    rows = [(regex, False) for regex in experiment.config.optimizer.get("frozen") or ()] + [(".*", True)]
-    trained = tree.flatten(tree.match(params, rows, "optimizer.frozen"))
+    learns = tree.flatten(trained(experiment.config.optimizer, params))
     blocks: dict[str, int] = {}
     for root in sorted(params, key=_block):
         name = ".".join(_block(root)[1:])
         blocks[name] = blocks.get(name, 0) + tree.count(params[root])
     total = tree.count(params)
-    trainable = sum(math.prod(leaf.shape) for path, leaf in tree.flatten(params).items() if trained[path])
+    trainable = sum(math.prod(leaf.shape) for path, leaf in tree.flatten(params).items() if learns[path])
     found = {**blocks, "total": total, "trainable": trainable, "frozen": total - trainable}
     return {f"parameters.{name}": value for name, value in found.items()}
 

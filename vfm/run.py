@@ -12,7 +12,7 @@ from vfm import distributed, infer, report, tree
 from vfm.errors import UserError, unknown
 from vfm.experiment import Experiment, evaluation_params
 from vfm.plan import abstract_batch, plan, step_flops
-from vfm.train import loop
+from vfm.train import loop, stages
 from vfm.train.checkpoint import Checkpointer
 from vfm.train.logging import Logger, peak_flops
 from vfm.train.preemption import Preemption
@@ -69,8 +69,13 @@ def train(experiment: Experiment, path) -> dict[str, float]:
         state, position, start = restored or (experiment.init_state(), {}, 0)
         if start > steps:
             raise UserError(f"the checkpoint is at step {start}, beyond config.train.steps={steps}")
+        if restored:
+            origin = stages.resume(experiment, state, stages.read(path))
+        else:
+            state, origin = stages.begin(experiment, state)
         if distributed.is_main():
             record(path, config)
+            stages.write(path, origin)
         logger = Logger(
             path,
             start_step=start,
@@ -87,6 +92,8 @@ def train(experiment: Experiment, path) -> dict[str, float]:
             + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps")
             + "; compiling the first"
         )
+        for line in stages.tell(origin):
+            logger.message(line)
 
         def evaluate(state, step):
             params = evaluation_params(state)
@@ -133,6 +140,7 @@ def train(experiment: Experiment, path) -> dict[str, float]:
             f"stopped at step {done} of {steps}; the checkpoint is saved, and the same command resumes", file=sys.stderr
         )
         return {}
+    stages.verify(origin, state.params, evaluation_params(state))
     return _finish(
         experiment,
         path,
@@ -185,6 +193,8 @@ def _finish(experiment, path, weights, step, results) -> dict[str, float]:
     """Loss and evaluators on the test split -> results.json and report.html."""
     config, params, variables = experiment.config, weights["params"], weights["variables"]
     results = {**results, "step": step, "parameters": tree.count(params)}
+    if about := stages.read(path).get("frozen"):
+        results["parameters_frozen"] = about["parameters"]
     loss = experiment.evaluate_loss(params, variables, config.eval.test_split, config.eval.test_limit)
     results |= {f"test_{name}": value for name, value in loss.items()}
     samples = {}
@@ -209,6 +219,8 @@ def _finish(experiment, path, weights, step, results) -> dict[str, float]:
             [(name, tree.count(block)) for name, block in params.items()],
             "Parameters by block",
         )
+        if lines := stages.tell(stages.read(path)):
+            page.text(f"Parameters at the start of the training: {'; '.join(lines)}.")
         page.table(
             ("trait", "value"),
             _card(config, params, step),

@@ -31,8 +31,10 @@ def plain(config: Any) -> Any:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields of `flat` that say what a run is: all but those of FREE."""
-    is_free = lambda key: any(f"{key}.".startswith(f"{free}.") for free in FREE)
+    """The fields of `flat` that say what a run is: all but those of FREE, and an `init` that loads nothing."""
+    init = config.get("init", {})
+    free = (*FREE, *(() if init.get("path") or init.get("match") else ("init",)))
+    is_free = lambda key: any(f"{key}.".startswith(f"{name}.") for name in free)
     return {key: value for key, value in flat(config).items() if not is_free(key)}
 
 

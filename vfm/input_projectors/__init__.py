@@ -6,5 +6,6 @@ A projector declares `width` (what it gives; the backbone's width), `in_width` (
 
 from vfm.input_projectors.linear import Linear
 from vfm.input_projectors.mlp import MLPProjector
+from vfm.input_projectors.resampler import QFormer, Resampler
 
-INPUT_PROJECTORS = {"linear": Linear, "mlp": MLPProjector}
+INPUT_PROJECTORS = {"linear": Linear, "mlp": MLPProjector, "resampler": Resampler, "qformer": QFormer}

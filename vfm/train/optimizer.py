@@ -212,14 +212,20 @@ def build_optimizer(cfg, params_shape, steps: int) -> tuple[optax.GradientTransf
     parts.append(optax.scale_by_learning_rate(schedule))
     tx = optax.chain(*parts)
 
-    frozen = tuple(fields.get("frozen") or ())
-    if frozen:
-        rows = [(regex, "frozen") for regex in frozen] + [(".*", "trained")]
-        labels = tree.match(params_shape, rows, "optimizer.frozen")
-        if "trained" not in jax.tree.leaves(labels):
-            raise UserError(f"optimizer.frozen={frozen} freezes every parameter; nothing is left to train")
+    if fields.get("frozen"):
+        labels = jax.tree.map(lambda learns: "trained" if learns else "frozen", trained(cfg, params_shape))
         tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
     return tx, schedule
+
+
+def trained(cfg, params_shape):
+    """For every parameter whether it is trained: False for those of config.optimizer.frozen."""
+    frozen = tuple(cfg.get("frozen") or ())
+    rows = [(regex, False) for regex in frozen] + [(".*", True)]
+    found = tree.match(params_shape, rows, "optimizer.frozen")
+    if not any(jax.tree.leaves(found)):
+        raise UserError(f"optimizer.frozen={frozen} freezes every parameter; nothing is left to train")
+    return found
 
 
 def state_shardings(tx, params_shape, param_shardings, mesh, opt_state_shape):

@@ -1,6 +1,7 @@
 """One training step and one evaluation step, as pure functions of the state and the batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,15 @@ def make_train_step(
     *,
     accumulate: int = 1,
     ema_decay: float = 0.0,
+    trained: Any = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """(state, batch) -> (state, {name: (sum, count)}).
 
     With `accumulate` > 1 the batch is cut into that many micro-batches, one after the other. The result is exactly
     that of the whole batch, also under masks: a first pass counts what each loss term divides by (the compiler drops
     all else of it), so that every micro-batch's gradient has the right weight.
+
+    trained: for every parameter whether it learns. The gradient of the others is zero, and is not computed.
     """
 
     def split(x):
@@ -33,6 +37,8 @@ def make_train_step(
 
     def gradients(params, variables, batch, rng, counts=None):
         def scalar(params):
+            if trained is not None:
+                params = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), params, trained)
             terms, aux = loss_fn(params, variables, batch, rng, train=True)
             loss = sum(
                 weight * total / jnp.maximum(counts[name] if counts else n, 1e-6)
