@@ -11,8 +11,9 @@ import pytest
 from tests import tiny
 from vfm import model as model_lib
 from vfm import objectives, sharding
+from vfm.data.aligned import parse_pairs, slots
 from vfm.errors import UserError
-from vfm.objectives.contrastive import infonce, parse_pairs, sigmoid, slots
+from vfm.objectives.contrastive import infonce, sigmoid
 
 FIXTURES = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "functions"
 B, E = 16, 8
@@ -290,6 +291,15 @@ def test_parts_must_divide_the_batch(setting, fields, message):
     model, params, batch = setting
     with pytest.raises(UserError, match=message):
         objectives.build({"name": "contrastive", "pairs": PAIRS, **fields}, model)(
+            params, {}, batch, jax.random.key(0), train=True
+        )
+
+
+def test_rows_of_other_pairs_are_refused(setting):
+    model, params, batch = setting
+    pairs = ("image-text", "vector-text", "image-vector")
+    with pytest.raises(UserError, match="rows hold 1 item.s. of 'image', but 2 pair.s. name it"):
+        objectives.build({"name": "contrastive", "pairs": pairs}, model)(
             params, {}, batch, jax.random.key(0), train=True
         )
 

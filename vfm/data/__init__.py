@@ -2,7 +2,9 @@
 
 import inspect
 
+from vfm.data.aligned import Composed, Records
 from vfm.data.construct import construct, plain
+from vfm.data.fused import Matching, Parity
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
@@ -10,9 +12,31 @@ from vfm.data.sources import texts
 from vfm.data.text import Text
 from vfm.errors import unknown
 
-__all__ = ["DATASETS", "Mixture", "Pairs", "Pipeline", "Text", "blank", "build", "eval_batches", "texts"]
+__all__ = [
+    "DATASETS",
+    "Composed",
+    "Matching",
+    "Mixture",
+    "Pairs",
+    "Parity",
+    "Pipeline",
+    "Records",
+    "Text",
+    "blank",
+    "build",
+    "eval_batches",
+    "texts",
+]
 
-DATASETS = {"mixture": Mixture, "pairs": Pairs, "text": Text}
+DATASETS = {
+    "composed": Composed,
+    "matching": Matching,
+    "mixture": Mixture,
+    "pairs": Pairs,
+    "parity": Parity,
+    "records": Records,
+    "text": Text,
+}
 
 
 def build(cfg, split: str, *, layout, tokenizer, skip_corrupt: bool = False, **overrides):

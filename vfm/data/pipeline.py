@@ -199,7 +199,7 @@ def eval_batches(
 
 
 def _blank(dataset, example: dict | None, seed: int) -> dict:
-    """A row that only fills a batch: some good example with an empty loss_mask."""
+    """A row that only fills a batch: some good example, with an empty loss_mask if it has one."""
     for index in range(min(len(dataset), _MOST_SKIPS)) if example is None else ():
         try:
             example = dataset.example(index, rng(seed, index))
@@ -208,7 +208,7 @@ def _blank(dataset, example: dict | None, seed: int) -> dict:
             last = error
     if example is None:
         raise UserError(f"no record of the data set can be read: {last}")
-    return example | {"loss_mask": np.zeros_like(example["loss_mask"])}
+    return example | {name: np.zeros_like(x) for name, x in example.items() if name == "loss_mask"}
 
 
 def rng(seed: int, position: int, attempt: int = 0) -> np.random.Generator:

@@ -41,12 +41,20 @@ def fewest(*limits: int | None) -> int:
 from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
 from vfm.evaluate.continuation import check_continuation, continuation  # noqa: E402
 from vfm.evaluate.probe import check_probe, probe  # noqa: E402
+from vfm.evaluate.retrieval import check_retrieval, retrieval  # noqa: E402
 from vfm.evaluate.text import check_text, text  # noqa: E402
 
-EVALUATORS = {"any_to_any": any_to_any, "continuation": continuation, "probe": probe, "text": text}
+EVALUATORS = {
+    "any_to_any": any_to_any,
+    "continuation": continuation,
+    "probe": probe,
+    "retrieval": retrieval,
+    "text": text,
+}
 CHECKS = {
     "any_to_any": check_any_to_any,
     "continuation": check_continuation,
     "probe": check_probe,
+    "retrieval": check_retrieval,
     "text": check_text,
 }

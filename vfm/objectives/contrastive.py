@@ -5,48 +5,17 @@ several pairs (survey section 1.3, bridging: ImageBind, CoDi) each has items of 
 modality takes the k-th of its items in the row.
 """
 
-from collections.abc import Iterable, Sequence
-
 import jax
 import jax.numpy as jnp
 
 from vfm import metrics
+from vfm.data.aligned import parse_pairs, slots
 from vfm.errors import UserError, unknown
 from vfm.objectives import Aux, LossFn
 from vfm.objectives.next_token import MUTABLE
 
 LOSSES = ("infonce", "sigmoid")
 NEVER = -1e30  # the logit of an embedding that is none
-
-
-def parse_pairs(pairs: Iterable[str], known: Iterable[str], where: str) -> tuple[tuple[str, str], ...]:
-    """(("image", "text"), …) of ("image-text", …), each of two different modalities; no pair twice."""
-    known, found = tuple(known), []
-    for pair in pairs:
-        names = tuple(part.strip() for part in str(pair).split("-"))
-        if len(names) != 2 or names[0] == names[1]:
-            raise UserError(
-                f"{where}: pair {pair!r} must have the form 'a-b' with two modalities, such as 'image-text'"
-            )
-        for name in names:
-            if name not in known:
-                raise unknown("modality", name, known, f"{where}, pair {pair!r}")
-        if names in found or names[::-1] in found:
-            raise UserError(f"{where}: pair {pair!r} is there twice")
-        found.append(names)
-    if not found:
-        raise UserError(f"{where}: no pairs; give some, such as ('image-text',)")
-    return tuple(found)
-
-
-def slots(pairs: Sequence[tuple[str, str]]) -> tuple[tuple[int, int], ...]:
-    """For each pair, which item of each of its two modalities in a row is its own."""
-    seen: dict[str, int] = {}
-    found = []
-    for pair in pairs:
-        found.append(tuple(seen.get(name, 0) for name in pair))
-        seen.update({name: seen.get(name, 0) + 1 for name in pair})
-    return tuple(found)
 
 
 def infonce(
@@ -196,6 +165,7 @@ def contrastive(
         raise UserError(f"{where}: momentum encoders and queues are for loss='infonce'")
     parsed = parse_pairs(pairs, model.encoders, where)
     own = slots(parsed)
+    counts = {name: sum(name in pair for pair in parsed) for name in sorted({n for pair in parsed for n in pair})}
     weights = tuple(weights) or (1.0,) * len(parsed)
     if len(weights) != len(parsed):
         raise UserError(f"{where}: {len(weights)} weights for {len(parsed)} pairs")
@@ -230,7 +200,13 @@ def contrastive(
         return found, rest, {**variables, **changed}
 
     def loss_fn(params, variables, batch, rng, *, train: bool):
-        inputs = {name: batch["inputs"][name] for name in sorted({name for pair in parsed for name in pair})}
+        inputs = {name: batch["inputs"][name] for name in counts}
+        for name, count in counts.items():
+            if inputs[name].shape[1] != count:
+                raise UserError(
+                    f"{where}: rows hold {inputs[name].shape[1]} item(s) of {name!r}, but {count} pair(s) name it; the "
+                    "data must be made for the same pairs"
+                )
         found, rest, new = embed(params, variables, inputs, rng, train)
         teacher = None
         if momentum:
@@ -243,9 +219,10 @@ def contrastive(
         mask = batch.get("example_mask")
         rows = next(iter(found.values())).shape[0]
         mask = jnp.ones((rows,), jnp.float32) if mask is None else mask.astype(jnp.float32)
-        groups = batch["label"] if same_label == "ignored" else None
+        labels = batch["label"] if same_label == "ignored" else None  # int[B], or int[B, P], of each pair
         terms, measured, queues = {}, {}, dict(variables.get("queue", {}))
-        for (a, b), (i, j), weight in zip(parsed, own, weights):
+        for k, ((a, b), (i, j), weight) in enumerate(zip(parsed, own, weights)):
+            groups = labels if labels is None or labels.ndim == 1 else labels[:, k]
             name, x, y = f"{a}-{b}", found[a][:, i], found[b][:, j]
             if loss == "sigmoid":
                 nll, hits = sigmoid(x, y, rest["logit_scale"], rest["logit_bias"], mask, groups=groups, chunks=chunks)

@@ -1,0 +1,132 @@
+"""Images, sounds and texts in one space, by contrast: one model of the study `experiments/contrastive.py`, or all.
+
+    python -m experiments.study --config=configs/contrastive.py --workdir=runs/contrastive   the study
+    python -m experiments.main --config=configs/contrastive.py --workdir=runs/all_pairs      one of its models
+
+    configs/contrastive.py          scikit-learn's handwritten digits, DTMF keypad tones and words; no network
+    configs/contrastive.py:tfds     MNIST and recorded speech (spoken_digit) through TFDS; set --config.data.dir
+    configs/contrastive.py:smoke    a few steps of the first
+
+Every item shows a number of three digits: three images side by side, three sounds one after the other, three words.
+Training sees 800 of the 1000 numbers; retrieval is among the other 200, in images and sounds of the test split.
+"""
+
+from ml_collections import ConfigDict, FieldReference
+
+from configs import common
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SPECIAL = ("<pad>", "<bos>", "<eos>")
+MODALITIES = ("image", "audio", "text")
+PAIRS = ("image-text", "audio-text", "image-audio")
+DIGITS, WIDTH, SPACE, LENGTH = 3, 64, 32, 20
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    common.check_variant(arg, "contrastive", ("smoke", "tfds"))
+    c = common.base()
+    c.title = "Contrastive alignment of images, sounds and texts of numbers"
+    c.study = {"module": "experiments.contrastive", "seeds": 3, "part": "all"}
+    c.tokenizer = {"name": "byte", "special": SPECIAL}
+    c.model = model(image_size=(8, 8), patch_size=4, num_samples=1024, n_fft=512, frames=2)
+    c.objective = {"name": "contrastive", "pairs": PAIRS, "loss": "infonce"}
+    c.data = {
+        "name": "composed",
+        "length": LENGTH,
+        "sources": {"image": {"name": "digits"}, "audio": {"name": "dtmf", "duration": 0.128, "tone": (0.06, 0.1)}},
+        "words": WORDS,
+        "pairs": PAIRS,
+        "compose": DIGITS,
+        "size": 20_000,
+        "held_out": 0.2,
+        "shuffled": (),
+        "augment": {"image": {"shift": 1, "rotate": 10.0, "scale": 0.1}},
+        **common.DATA,
+    }
+    c.train.update(steps=1200, batch_size=128)
+    c.optimizer.update(learning_rate=2e-3, weight_decay=0.05)
+    c.optimizer.schedule.warmup_steps = 100
+    c.eval.update(every=0, evaluators=("retrieval",), batch_size=200)
+    c.eval.retrieval = {"k": (1, 5, 10), "probe_examples": 2000}
+    c.checkpoint.best_metric = ""
+    if arg == "tfds":
+        recorded(c)
+    if arg == "smoke":
+        c.study.seeds = 1
+        c.train.update(steps=6, batch_size=16)
+        c.optimizer.schedule.warmup_steps = 2
+        c.data.size = 200
+        c.eval.retrieval.probe_examples = 100
+        c.eval.update(limit=32, test_limit=32, batch_size=16)
+        c.log.every = 2
+    return c
+
+
+def model(image_size, patch_size, num_samples, n_fft, frames, depth=2) -> dict:
+    """Encoders of the three modalities, and a linear projector of each into the shared space."""
+    stack = {"width": WIDTH, "depth": depth, "num_heads": 4, "mlp_dim": 2 * WIDTH, "remat": "dots"}
+    backbone = {name: value for name, value in stack.items() if name != "width"}
+    return {
+        "dtype": "float32",
+        "alignment": {"temperature": 0.07, "max_scale": 100.0, "bias": None},
+        "encoders": {
+            "image": {
+                "name": "vit",
+                "image_size": (image_size[0], DIGITS * image_size[1]),
+                "patch_size": patch_size,
+                **stack,
+            },
+            "audio": {
+                "name": "audio",
+                "num_samples": DIGITS * num_samples,
+                "n_fft": n_fft,
+                "hop": 128,
+                "n_mels": 64,
+                "frames": frames,
+                **stack,
+            },
+            "text": {
+                "name": "text_transformer",
+                "vocab_size": 256 + len(SPECIAL),
+                "length": LENGTH,
+                "width": WIDTH,
+                "pad_id": SPECIAL.index("<pad>"),
+                "backbone": {"name": "encoder_only", "positions": "learned", **backbone},
+            },
+        },
+        "input_projectors": {name: {"name": "linear", "width": SPACE, "use_bias": False} for name in MODALITIES},
+    }
+
+
+def recorded(c: ConfigDict) -> None:
+    """MNIST and spoken_digit; the speaker `theo` and MNIST's test images are for the test only."""
+    c.title = "Contrastive alignment of MNIST, recorded speech and texts of numbers"
+    c.model = model(image_size=(28, 28), patch_size=7, num_samples=6144, n_fft=256, frames=8, depth=3)
+    folder = FieldReference("")
+    c.data.dir = folder
+    others = "_(george|jackson|nicolas|yweweler)_"
+    c.data.sources = {
+        "image": {
+            "name": "tfds",
+            "dataset": "mnist:3.0.1",
+            "data_dir": folder,
+            "cache": True,
+            "features": {"image": "image", "label": "label"},
+            "splits": {"train": "train[:59000]", "validation": "train[59000:]", "test": "test"},
+        },
+        "audio": {
+            "name": "tfds",
+            "dataset": "spoken_digit:1.0.9",
+            "data_dir": folder,
+            "cache": True,
+            "samples": 6144,
+            "features": {"audio": "audio", "label": "label"},
+            "splits": {"train": "train", "validation": "train", "test": "train"},
+            "where": {
+                "train": {"audio/filename": others + r"([5-9]|\d\d)\.wav"},
+                "validation": {"audio/filename": others + r"[0-4]\.wav"},
+                "test": {"audio/filename": "_theo_"},
+            },
+        },
+    }
+    c.data.augment = {"image": {"shift": 2, "rotate": 10.0, "scale": 0.1}, "audio": {"shift": 800, "gain_db": 6.0}}
