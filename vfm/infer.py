@@ -125,7 +125,7 @@ def _row(experiment, inputs, output, files) -> dict:
     segments = [Text(before)]
     for name in inputs:
         item = None if name == "text" else _read(experiment, name, files[name])
-        if item is not None and not np.isfinite(item).all():
+        if item is not None and not experiment.layout.modality(name).readable(item):
             raise UserError(f"config.generate.files: {name}={files[name]} holds numbers that are not finite")
         text = tokenizer.encode(cfg.text, allow_special=True) if kind != "decoder_only" else cfg.text
         segments.append(Text(text) if name == "text" else Input(name, item))

@@ -51,7 +51,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*/(patch|projection|(frames|samples|hidden|conv)[^/]*)/bias", ("norm",)),
     (r".*/(positions|block_positions|token_types|degree_in|degree_out)/embedding", ("tokens", "embed")),
     (
-        r"(.*/)?(positions|queries|registers|channel_embeddings|signals_[^/]*|(class|distillation|graph)_token)",
+        r"(.*/)?(positions|queries|registers|signals_[^/]*|(class|distillation|graph)_token|channel_table)",
         ("tokens", "norm"),
     ),
     (r"logit_(scale|bias)", ()),
