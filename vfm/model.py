@@ -1,5 +1,6 @@
 """The five blocks wired into one model: encoder -> input projector -> backbone -> output projector -> decoder."""
 
+import dataclasses
 import inspect
 import math
 import types
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from vfm.backbones import BACKBONES
-from vfm.data.construct import plain
+from vfm.data.construct import lookup, plain
 from vfm.data.interleave import Layout, Modality
 from vfm.decoders import DECODERS
 from vfm.encoders import ENCODERS
@@ -315,7 +316,9 @@ def layout(model: VFM, length: int, items: int = 1) -> Layout:
         slots = (getattr(projector, "num_tokens", None) or encoder.num_tokens) if encoder is not None else 0
         block = encoder if encoder is not None else model.decoders[name]
         kind = getattr(block, "item_dtype", "float32")
-        table[name] = Modality(tuple(block.item_shape), slots, num_signals(model, name), items, kind)
+        # An item that is generated is compared with the true one, all of it.
+        missing = getattr(encoder, "takes_missing", False) and name not in model.decoders
+        table[name] = Modality(tuple(block.item_shape), slots, num_signals(model, name), items, kind, missing)
     return Layout(length, table)
 
 
@@ -356,6 +359,14 @@ TABLES = {
     "backbone": BACKBONES,
     "output_projectors": OUTPUT_PROJECTORS,
     "decoders": DECODERS,
+}
+# What a block of each kind must declare; the docstring of its package says what it means.
+DECLARED = {
+    "encoders": ("item_shape", "num_tokens", "width"),
+    "input_projectors": ("width", "in_width", "num_tokens"),
+    "backbone": ("width", "kind"),
+    "output_projectors": ("width", "in_width", "num_tokens"),
+    "decoders": ("in_width", "num_tokens", "item_shape"),
 }
 _KINDS = tuple((kind, table) for kind, table in TABLES.items() if kind != "backbone")
 
@@ -420,20 +431,28 @@ def _alignment(cfg: Mapping[str, Any]) -> FrozenDict:
 
 
 def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, dtype: str = "float32") -> nn.Module:
-    """table[cfg.name](**rest of cfg); `UserError` names the known blocks or fields."""
+    """table[cfg.name](**rest of cfg); `UserError` names the known blocks or fields.
+
+    The name may be that of a class in a module of the user's own, see `lookup`.
+    """
     fields = {field: _frozen(plain(value)) for field, value in cfg.items()}
     name = fields.pop("name", None)
+    block = lookup("block", table, name, where)
     if name not in table:
-        raise unknown("block", name, table, where)
-    known = [f for f in table[name].__dataclass_fields__ if f not in ("parent", "name")]
+        _check_own(table, block, where)
+    known = [f for f in block.__dataclass_fields__ if f not in ("parent", "name")]
     for field in fields:
         if field not in known:
             raise unknown("field", field, known, where)
-    fields = {"dtype": dtype, **fields}
-    if fields["dtype"] not in DTYPES:
+    for field in known:
+        declared = block.__dataclass_fields__[field]
+        if field not in fields and declared.default is declared.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where} needs the field {field!r}")
+    fields = {**({"dtype": dtype} if "dtype" in known else {}), **fields}
+    if fields.get("dtype", dtype) not in DTYPES:
         raise unknown("dtype", fields["dtype"], DTYPES, where)
     for field, value in fields.items():
-        declared = table[name].__dataclass_fields__[field]
+        declared = block.__dataclass_fields__[field]
         kind = declared.type
         an_id = field.endswith("_id") and type(value) is int and value == 0  # ids begin at 0, sizes and counts at 1
         if value != declared.default and not an_id and not _fits(value, kind):
@@ -443,7 +462,22 @@ def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, d
             raise UserError(f"{where}.{field}={value!r} must be {what}")
         if field == "dropout" and not 0 <= value < 1:
             raise UserError(f"{where}.dropout={value} must be a share, from 0 to less than 1")
-    return table[name](**fields)
+    return block(**fields)
+
+
+def _check_own(table: Mapping[str, type], block: Any, where: str) -> None:
+    """Refuses what the user's own module gives for a block and is none of this kind."""
+    kind, name = next(kind for kind, known in TABLES.items() if known is table), block.__name__
+    if not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise UserError(f"{where}: {name} must be a class of flax.linen.Module")
+    missing = [f for f in DECLARED[kind] if f not in block.__dataclass_fields__ and not hasattr(block, f)]
+    if missing:
+        raise UserError(
+            f"{where}: {name} declares no {' and no '.join(missing)}; a block of model.{kind} has "
+            f"{', '.join(DECLARED[kind])}"
+        )
+    if "train" not in inspect.signature(block.__call__).parameters:
+        raise UserError(f"{where}: {name}.__call__ must take the keyword argument train (true in training)")
 
 
 def _frozen(value: Any) -> Any:
