@@ -51,7 +51,8 @@ class VFM(nn.Module):
     alignment: {temperature, max_scale, bias} makes the encoders and input projectors a space that is shared by all
     modalities (survey section 1.3; CLIP, Radford et al. 2021): each item gets an embedding of length 1. `logit_scale`
     float32[], the logarithm of the factor of their products, is learned, and so is `logit_bias` if bias is a number
-    (SigLIP, Zhai et al. 2023). Without a backbone that is all, and every modality is read item by item, text too.
+    (SigLIP, Zhai et al. 2023). Without a backbone that is all, and every modality is read item by item, text too; but
+    decoders of labels then read the summaries of the centre's items, float[B, N, W].
 
     Args of the call (B rows, T sequence positions, N items of a modality per row):
       tokens: int32[B, T]; any value where no text stands. None: a model or a call without text.
@@ -118,8 +119,10 @@ class VFM(nn.Module):
                 raise UserError("a model without a backbone reads no sequence: it takes `inputs` alone")
             for name, items in inputs.items():
                 if name in self.encoders:
-                    out[name] = self._encode(name, items, train)[0]
-            return None, out
+                    out[name], features = self._encode(name, items, train)
+                    if name == self.centre:
+                        summary = _summary(features, out[name]["encoder"]).reshape(*items.shape[:2], -1)
+            return (self._label(summary, None, train, out) if self.centre in out else None), out
         call = self._backbone_call(rest, decoder_tokens, tokens is not None or bool(inputs), cache)
         for name in masked:
             if not all(name in group for group in (self.encoders, inputs, starts)):
@@ -163,17 +166,8 @@ class VFM(nn.Module):
         for name, which in masked.items():
             hidden = self._project_out(name, gather(x, starts[name], which.shape[2]), train)
             out[name]["recovered"] = hidden.reshape(*which.shape[:2], *hidden.shape[1:])
-        logits = None
-        if "text" in self.decoders:
-            logits = self.text_logits(x, train=train)
-        for name in labels(self):
-            mask = call.get("decoder_mask" if separate else "input_mask")
-            found, pooled = self.decoders[name](x, input_mask=mask, train=train)
-            out[name] = pooled
-            if self.decoders[name].num_classes is not None:
-                out[name] = {"logits": found, **pooled}
-                logits = found if "text" not in self.decoders else logits
-        return logits, out
+        logits = self._label(x, call.get("decoder_mask" if separate else "input_mask"), train, out)
+        return (self.text_logits(x, train=train) if "text" in self.decoders else logits), out
 
     def text_logits(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits float[B, T, V] of the text decoder for what the backbone gave, out["output"] float[B, T, D]."""
@@ -211,11 +205,20 @@ class VFM(nn.Module):
         features, encoder_out = self.encoders[name](items.reshape(-1, *items.shape[2:]), train=train)
         out = {"features": features.reshape(*lead, *features.shape[1:]), "encoder": encoder_out}
         if self.alignment is not None:
-            pooled = encoder_out["pooled"] if "pooled" in encoder_out else features.mean(axis=1)
-            y = self._project_in(name, pooled[:, None], train)[:, 0].astype(jnp.float32)
+            y = self._project_in(name, _summary(features, encoder_out)[:, None], train)[:, 0].astype(jnp.float32)
             norm = jnp.sqrt(jnp.maximum(jnp.square(y).sum(axis=-1, keepdims=True), 1e-12))  # has a gradient at 0
             out["embedding"] = (y / norm).reshape(*lead, -1)
         return out, features
+
+    def _label(self, x, mask, train, out):
+        """Puts what the decoders of labels give for x float[B, T, D] into `out`; their logits, or None."""
+        logits = None
+        for name in labels(self):
+            found, pooled = self.decoders[name](x, input_mask=mask, train=train)
+            out[name] = pooled
+            if self.decoders[name].num_classes is not None:
+                out[name], logits = {"logits": found, **pooled}, found
+        return logits
 
     def _embed(self, tokens, mask, train):
         """Features of the centre for tokens int32[B, T]; zeros where there is no text."""
@@ -253,6 +256,11 @@ class VFM(nn.Module):
         """The backbone's empty cache for `length` tokens, and `encoder_length` of the encoder of an encoder–decoder."""
         lengths = (length,) if encoder_length is None else (length, encoder_length)
         return self.backbone.init_cache(batch_size, *lengths)
+
+
+def _summary(features: jax.Array, encoder_out: Mapping[str, Any]) -> jax.Array:
+    """float[B, W] of features float[B, P, W]: what the encoder gives for it, or their mean."""
+    return encoder_out["pooled"] if "pooled" in encoder_out else features.mean(axis=1)
 
 
 def place(x: jax.Array, features: jax.Array, starts: jax.Array) -> jax.Array:
@@ -375,12 +383,13 @@ def build(cfg: Mapping[str, Any]) -> VFM:
     """The model of `config.model`: {centre, dtype, encoders: {X: {name, **fields}}, input_projectors, backbone, …}.
 
     The projectors of the centre are left out, so that the centre can be changed by one field; not so in a model with an
-    alignment and no backbone, where the centre has none but that of the pairs it is trained on. Raises `UserError` for
-    unknown names and fields, and for a chain that does not fit, naming both blocks and both widths.
+    alignment and no backbone, where the centre has none but that of the pairs it is trained on. A model without a
+    backbone has an alignment, or says backbone: None. Raises `UserError` for unknown names and fields, and for a chain
+    that does not fit, naming both blocks and both widths.
     """
     cfg = dict(cfg)
     alignment = cfg.pop("alignment", None)
-    alone = alignment is not None and not cfg.get("backbone")
+    alone = not cfg.get("backbone") and (alignment is not None or "backbone" in cfg)
     for field in () if alone else ("centre", "backbone"):
         if not cfg.get(field):
             raise UserError(f"model.{field} is missing; give {'a modality' if field == 'centre' else 'a block'}")
@@ -527,17 +536,30 @@ def _check_read(model: VFM) -> None:
 
 
 def _check_aligned(model: VFM) -> None:
-    """Refuses a model of encoders alone whose embeddings do not have one width, or that has more than encoders."""
+    """Refuses a model without a backbone whose embeddings do not have one width, or with blocks that need one."""
     _check_read(model)
+    classes = labels(model)
     for kind in ("decoders", "output_projectors"):
-        for name in getattr(model, kind):
-            raise UserError(f"model.{kind}.{name} needs a backbone; a model with an alignment alone has encoders only")
+        for name in sorted(set(getattr(model, kind)) - set(classes)):
+            raise UserError(f"model.{kind}.{name} needs a backbone; a model without one has encoders and labels only")
+    for name in classes:
+        if model.centre not in model.encoders:
+            raise UserError(
+                f"model.centre={model.centre!r} is no encoder; without a backbone decoders.{name} reads its features"
+            )
+        giver = f"encoders.{model.centre} ({type(model.encoders[model.centre]).__name__})"
+        block = model.decoders[name]
+        fit(giver, model.encoders[model.centre].width, f"decoders.{name} ({type(block).__name__})", block.in_width)
     for name, encoder in model.encoders.items():
         if not encoder.item_shape:
             raise UserError(
                 f"model.encoders.{name} ({type(encoder).__name__}) reads one token; without a backbone it must read "
                 "whole items: for text, 'text_transformer'"
             )
+    if model.alignment is None:
+        for name in model.input_projectors:
+            raise UserError(f"model.input_projectors.{name} leads nowhere: there is no backbone and no model.alignment")
+        return
     (first, width), *others = (_projected(model, name) for name in model.encoders)
     for other, gives in others:
         if gives != width:

@@ -5,9 +5,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from vfm.data.records import SPLITS, CorruptRecord, check_split, class_files
-from vfm.errors import unknown
+from vfm.errors import UserError, unknown
 
 MODES = ("RGB", "L")
+# How images were prepared for published models: whether the shorter side is resized and the middle cut out, or both
+# sides are; the filter; mean and standard deviation of the channels, from 0 to 1.
+STYLES = {
+    "clip": (True, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "vit": (False, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "siglip": (False, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -93,3 +100,21 @@ def image_array(image, mode: str, size: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(image, np.float32) / scale
     array = array[..., None] if array.ndim == 2 else array
     return np.repeat(array, 3, axis=-1) if mode == "RGB" and array.shape[-1] == 1 else array
+
+
+def preprocess(image: np.ndarray, size: int, style: str = "clip") -> np.ndarray:
+    """uint8[H, W, 3] as a published model of images takes it: float32[size, size, 3]; `style`: see `STYLES`."""
+    from PIL import Image
+
+    if style not in STYLES:
+        raise unknown("style", style, STYLES, "image preprocessing")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise UserError(f"preprocess takes an image uint8[H, W, 3], not {image.dtype}{list(image.shape)}")
+    cut, interpolation, mean, std = STYLES[style]
+    shorter = min(image.shape[:2])
+    rows, columns = (size * side // shorter for side in image.shape[:2]) if cut else (size, size)
+    resized = Image.fromarray(image).resize((columns, rows), Image.Resampling[interpolation.upper()])
+    top, left = (rows - size) // 2, (columns - size) // 2
+    array = np.asarray(resized, np.float32)[top : top + size, left : left + size] / np.float32(255)
+    return (array - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

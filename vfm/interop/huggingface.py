@@ -13,7 +13,7 @@ import numpy as np
 from vfm import model as model_lib
 from vfm import sharding, tree
 from vfm.errors import UserError, unknown
-from vfm.interop import bart, bert, gpt, llama, t5
+from vfm.interop import bart, bert, clip, gpt, llama, llava, t5, vit
 from vfm.interop.weights import Family, Tensor
 from vfm.model import VFM
 
@@ -23,12 +23,15 @@ FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,
     **t5.FAMILIES,
     **bart.FAMILIES,
+    **vit.FAMILIES,
+    **clip.FAMILIES,
+    **llava.FAMILIES,
 }
 # Without an architecture in config.json.
 _USUAL = ("lm", "mlm", "none")
 _SHARD = 4 << 30  # bytes of one file
 # Fields that say how a model is run and trained, and not what it computes.
-_FREE = ("dropout", "remat", "dtype", "max_len")
+_FREE = ("dropout", "remat", "dtype", "max_len", "in_width", "any_size", "interpolation", "patch_dropout")
 
 
 def load(
@@ -42,11 +45,13 @@ def load(
       mesh, rules: where the parameters go (see `vfm.sharding`); None: the first device. Tensors are read one after the
         other, and of each only the parts that this process's devices hold are kept.
       param_dtype: of the parameters, whatever the files hold. dtype: of the computation.
-      fields: other values for fields of the backbone, such as remat="full", dropout=0.1.
+      fields: other values for fields of the backbone, or of the encoders that have them where there is no backbone,
+        such as remat="full", dropout=0.1, any_size=True.
 
     `model.apply(variables, tokens=int32[B, T], input_mask=bool[B, T], train=False)` gives (logits, out), see `VFM`;
-    encoder–decoders also take decoder_tokens. Raises `UserError` for an architecture that is not supported, for a
-    tensor that is missing, has another shape, or has no place in the model.
+    encoder–decoders also take decoder_tokens, and models of images inputs={"image": float[B, N, H, W, C]}, normalised
+    as they were in training (CLIP and SigLIP also "text": int32[B, N, T], all positions filled). Raises `UserError` for
+    an architecture that is not supported, for a tensor that is missing, has another shape, or has no place.
     """
     folder = pathlib.Path(path).expanduser()
     c = _config(folder)
@@ -59,9 +64,9 @@ def load(
         cfg = family.read(c, head)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: the field {error} of a {kind!r} model is missing") from None
-    cfg["backbone"] |= fields
+    _override(cfg, fields)
     model = model_lib.build({**cfg, "dtype": dtype})
-    length = min(8, model.backbone.max_len)
+    length = 8 if model.backbone is None else min(8, model.backbone.max_len)
     shapes = _flatten(jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0), length)))
     if mesh is None:
         mesh = sharding.make_mesh({}, jax.devices()[:1])
@@ -95,7 +100,8 @@ def save(path: str, model: VFM, variables: Mapping[str, Any], **config: Any) -> 
     from safetensors.numpy import save_file
 
     kind, c = _family_of(model)
-    c = {**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")), **c, **config}
+    ids = () if model.backbone is None else ("bos_token_id", "eos_token_id", "pad_token_id")
+    c = {**dict.fromkeys(ids), **c, **config}
     folder = pathlib.Path(path).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     params, family = _flatten(variables), FAMILIES[kind]
@@ -106,7 +112,7 @@ def save(path: str, model: VFM, variables: Mapping[str, Any], **config: Any) -> 
         values = [_host(params[path]) for path in row.paths]
         depth, experts = _counts(row, [v.shape for v in values])
         for name, index in row.indices(depth, experts):
-            tensor = np.ascontiguousarray(row.join([value[index] for value in values]))
+            tensor = np.asarray(row.join([value[index] for value in values]), order="C")
             if size and size + tensor.nbytes > _SHARD:
                 shards.append({})
                 size = 0
@@ -126,6 +132,20 @@ def save(path: str, model: VFM, variables: Mapping[str, Any], **config: Any) -> 
     (folder / "config.json").write_text(json.dumps(c, indent=2) + "\n", encoding="utf-8")
 
 
+def _override(cfg: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Writes fields into the backbone of `config.model`, or, without one, into the encoders that have them."""
+    blocks = [cfg["backbone"]] if cfg.get("backbone") else list(cfg["encoders"].values())
+    if not cfg.get("backbone"):
+        blocks += [block["backbone"] for block in blocks if "backbone" in block]
+    tables = {**model_lib.ENCODERS, **model_lib.BACKBONES}
+    for field, value in fields.items():
+        known = [block for block in blocks if field in tables[block["name"]].__dataclass_fields__]
+        if not known:
+            raise UserError(f"interop: no block of this model has a field {field!r}")
+        for block in known:
+            block[field] = value
+
+
 def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Path -> leaf; the paths of what has no gradient begin with `constants/`."""
     rest = {"constants": variables["constants"]} if "constants" in variables else {}
@@ -143,26 +163,58 @@ def describe(model: VFM) -> dict[str, Any]:
             **{name: getattr(block, name) for name in own if name not in ("parent", "name")},
         }
 
-    found: dict[str, Any] = {"centre": model.centre, "backbone": fields("backbone", model.backbone)}
+    def backbone(block):
+        b = fields("backbone", block)
+        b["num_kv_heads"] = b["num_kv_heads"] or b["num_heads"]
+        b["head_dim"] = b["head_dim"] or b["width"] // b["num_heads"]
+        for name in ("qkv_bias", "out_bias", "mlp_bias", "norm_bias"):
+            b[name] = b["use_bias"] if b[name] is None else b[name]
+        b["key_bias"] = b["qkv_bias"] if b["key_bias"] is None else b["key_bias"]
+        for name in ("depth", "num_heads", "mlp_dim"):
+            if f"decoder_{name}" in b:
+                b[f"decoder_{name}"] = b[f"decoder_{name}"] or b[name]
+        if b["attention_scale"] == b["head_dim"] ** -0.5:
+            b["attention_scale"] = None
+        return b
+
+    found: dict[str, Any] = {"centre": model.centre, "backbone": model.backbone and backbone(model.backbone)}
+    found["alignment"] = model.alignment and dict(model.alignment)
     for kind in ("encoders", "input_projectors", "output_projectors", "decoders"):
         found[kind] = {name: fields(kind, block) for name, block in getattr(model, kind).items()}
-    b = found["backbone"]
-    b["num_kv_heads"] = b["num_kv_heads"] or b["num_heads"]
-    b["head_dim"] = b["head_dim"] or b["width"] // b["num_heads"]
-    for name in ("qkv_bias", "out_bias", "mlp_bias", "norm_bias"):
-        b[name] = b["use_bias"] if b[name] is None else b[name]
-    for name in ("depth", "num_heads", "mlp_dim"):
-        if f"decoder_{name}" in b:
-            b[f"decoder_{name}"] = b[f"decoder_{name}"] or b[name]
-    if b["attention_scale"] == b["head_dim"] ** -0.5:
-        b["attention_scale"] = None
+    for name, block in found["encoders"].items():
+        if block["name"] == "text_transformer":
+            cfg = {"max_len": block["length"], **block["backbone"], "width": block["width"]}
+            block["backbone"] = backbone(model_lib.build_block(model_lib.BACKBONES, cfg, name, block["dtype"]))
     return found
 
 
 def _meaning(model: VFM) -> dict[str, Any]:
     """What a description says about the function: fields that have no effect, and free ones, left out."""
     d = describe(model)
-    b = d["backbone"]
+    d["backbone"] = d["backbone"] and _backbone_meaning(d["backbone"])
+    if d["alignment"]:  # where training begins, and what bounds it
+        for field in ("temperature", "max_scale"):
+            d["alignment"].pop(field)
+        d["alignment"]["bias"] = d["alignment"]["bias"] is not None
+    for block in d["encoders"].values():
+        if block["name"] == "text_transformer":
+            block["backbone"] = _backbone_meaning(block["backbone"])
+            if block["pooling"] != "end":
+                block.pop("end_id")
+        if block["name"] == "vit" and block["positions"] != "rope":
+            block.pop("rope_theta")
+    for block in d["decoders"].values():
+        if not block.get("transform"):
+            block.pop("norm_epsilon", None)
+    for kind in ("encoders", "input_projectors", "output_projectors", "decoders"):
+        for block in d[kind].values():
+            for field in _FREE:
+                block.pop(field, None)
+    return d
+
+
+def _backbone_meaning(b: dict[str, Any]) -> dict[str, Any]:
+    """The same of a backbone."""
     dead = [*_FREE, "cross", "causal", "use_bias"]
     if b["positions"] in ("learned", "sinusoidal"):
         dead.remove("max_len")
@@ -184,27 +236,16 @@ def _meaning(model: VFM) -> dict[str, Any]:
         dead.append("local_layers")
     else:
         b["local_layers"] = tuple(np.resize(b["local_layers"], b["depth"]).tolist())
-    for field in dead:
-        b.pop(field, None)
-    for kind in ("encoders", "decoders"):
-        for block in d[kind].values():
-            for field in (*_FREE, "in_width"):
-                block.pop(field, None)
-            if not block.get("transform"):
-                block.pop("norm_epsilon", None)
-    return d
+    return {field: value for field, value in b.items() if field not in dead}
 
 
 def _family_of(model: VFM) -> tuple[str, dict[str, Any]]:
     """The family that can say what the model is, and its config.json."""
     d, head, meaning = describe(model), _head_of(model), _meaning(model)
-    simple = (
-        set(model.encoders) == {"text"}
-        and set(model.decoders) <= {"text", "label"}
-        and not model.input_projectors
-        and not model.output_projectors
-    )
+    simple = set(model.decoders) <= {"text", "label"} and not model.output_projectors
     for kind, family in FAMILIES.items() if simple else ():
+        if set(model.encoders) != set(family.encoders) or (model.backbone is None and family.encoders == ("text",)):
+            continue
         architectures = [name for name, h in family.heads.items() if h == ("none" if head == "pooled" else head)]
         c = family.write(d, head) if architectures else None
         if c is None:
@@ -220,9 +261,8 @@ def _family_of(model: VFM) -> tuple[str, dict[str, Any]]:
             continue
         if _meaning(again) == meaning:
             return kind, c
-    raise UserError(
-        f"interop: no family can express this model ({type(model.backbone).__name__}); supported: {', '.join(FAMILIES)}"
-    )
+    what = type(model.backbone).__name__ if model.backbone is not None else f"encoders {', '.join(model.encoders)}"
+    raise UserError(f"interop: no family can express this model ({what}); supported: {', '.join(FAMILIES)}")
 
 
 def _head_of(model: VFM) -> str:

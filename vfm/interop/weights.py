@@ -82,8 +82,8 @@ class Family(NamedTuple):
     read: (config.json, head) -> config.model. head: "lm", "mlm", "pretraining", "classification", or "none".
     write: `config.model` with every field -> config.json, or None; the caller checks that reading it gives the
       same model. tensors: `config.model` with every field -> the weight map.
-    heads: name of an architecture in config.json -> head. prefix: of the names under a head, which a checkpoint without
-      head leaves out. ignored: regexes of tensors that hold no parameters.
+    encoders: names of the encoders of its models. heads: name of an architecture in config.json -> head. prefix: of the
+      names under a head, which a checkpoint without head leaves out. ignored: regexes of tensors that are none.
     """
 
     read: Callable[[Mapping[str, Any], str], dict[str, Any]]
@@ -92,3 +92,4 @@ class Family(NamedTuple):
     heads: Mapping[str, str]
     prefix: str
     ignored: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ("text",)

@@ -8,7 +8,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 
-from vfm.parity import functions, tokenizer_files, transformers_generation, transformers_models
+from vfm.parity import functions, tokenizer_files, transformers_generation, transformers_models, transformers_vision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ def _family(name: str, part: str) -> float:
 
 @functools.cache
 def _compare(name: str):
-    return transformers_models.compare(name)
+    vision = name in transformers_vision.MODELS
+    return (transformers_vision if vision else transformers_models).compare(name)
 
 
 def _tokens(name: str, beams: int) -> float:
@@ -75,7 +76,7 @@ def checks() -> Iterator[Check]:
         for beams in (1, 4):
             kind = "greedy" if beams == 1 else f"{beams} beams"
             yield Check(f"{name}: {kind}, tokens", both, 0.0, functools.partial(_tokens, name, beams))
-    for name in transformers_models.MODELS:
+    for name in (*transformers_models.MODELS, *transformers_vision.MODELS):
         yield Check(f"{name}: outputs", both, 1e-4, functools.partial(_family, name, "forward"))
         yield Check(f"{name}: load → save → load there", both, 1e-5, functools.partial(_family, name, "round_trip"))
 

@@ -145,13 +145,19 @@ class Difference:
 
 def random_model(name: str, seed: int = 0):
     """A model of `MODELS` with no trivial parameter, in evaluation mode."""
-    import torch
     import transformers
 
     architecture, fields = MODELS[name]
     cls = getattr(transformers, architecture)
+    return with_random_weights(cls, cls.config_class(**fields), seed)
+
+
+def with_random_weights(cls, config, seed: int = 0):
+    """A model of a class of `transformers` with no trivial parameter, in evaluation mode."""
+    import torch
+
     torch.manual_seed(seed)
-    model = cls(cls.config_class(**fields)).eval()
+    model = cls(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:  # fixed sinusoidal positions are not
