@@ -1,12 +1,13 @@
-"""One training step of a GPT-2-like model here and in PyTorch, side by side: the ratio of step times.
+"""One training step of a GPT-2-like or CLIP-like model here and in PyTorch, side by side: the ratio of step times.
 
-    python -m benchmarks.train_step [--width=256 --depth=6 --length=256 --batch=8 --steps=20 --rounds=5 --threads=2]
+    python -m benchmarks.train_step [--model=gpt2 --width=256 --depth=6 --length=256 --batch=8 --steps=10 --rounds=5]
+    python -m benchmarks.train_step --model=clip --length=32 --batch=32 [--image=64 --patch=8]
 
 The same weights (written by `transformers`, read by `vfm.interop`), batch, loss, AdamW and fp32 on both sides; the two
-losses of the first steps are compared before anything is timed. PyTorch runs `transformers`' GPT-2 with
-scaled_dot_product_attention, eager and with torch.compile. Rounds alternate between the sides, so that other load on
-the machine meets both; the median over the rounds is reported, in wall time and in CPU time of the process. Needs
-`.[parity]`.
+losses of the first steps are compared before anything is timed. PyTorch runs `transformers`' model with
+scaled_dot_product_attention, eager and with torch.compile. Both towers of CLIP have the given width, depth and heads.
+Rounds alternate between the sides, so that other load on the machine meets both; the median over the rounds is
+reported, in wall time and in CPU time of the process. Needs `.[parity]`.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import time
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("width", 256), ("depth", 6), ("heads", 8), ("length", 256), ("batch", 8), ("vocab", 4096)):
+    parser.add_argument("--model", choices=("gpt2", "clip"), default="gpt2")
+    sizes = {"width": 256, "depth": 6, "heads": 8, "length": 256, "batch": 8, "vocab": 4096, "image": 64, "patch": 8}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("steps", 10), ("rounds", 5), ("threads", os.cpu_count() or 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -29,27 +32,55 @@ def arguments():
 RATE, DECAY = 1e-3, 0.01
 
 
-def theirs(args, ids, compiled: bool):
-    """(folder of the initial weights, run(steps) -> losses) in PyTorch."""
+def arrays(args) -> dict:
+    """The batch: ids [B, T], and for CLIP images [B, 3, H, W]."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    found = {"input_ids": rng.integers(0, args.vocab - 1, (args.batch, args.length))}
+    if args.model == "clip":
+        found["input_ids"][:, -1] = args.vocab - 1  # the end of the text
+        found["pixel_values"] = rng.normal(size=(args.batch, 3, args.image, args.image)).astype(np.float32)
+    return found
+
+
+def theirs(args, batch, compiled: bool):
+    """(model with its initial weights, run(steps) -> losses) in PyTorch."""
     import torch
     import transformers
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=args.vocab, n_embd=args.width, n_layer=args.depth, n_head=args.heads, n_positions=args.length,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
-    model = transformers.GPT2LMHeadModel(config).train()
+    if args.model == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=args.vocab, n_embd=args.width, n_layer=args.depth, n_head=args.heads, n_positions=args.length,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa", use_cache=False,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config).train()
+        more = {"labels": torch.as_tensor(batch["input_ids"])}
+    else:
+        tower = {
+            "hidden_size": args.width, "intermediate_size": 4 * args.width, "num_hidden_layers": args.depth,
+            "num_attention_heads": args.heads, "attention_dropout": 0.0,
+        }  # fmt: skip
+        end = args.vocab - 1
+        text = {"vocab_size": args.vocab, "max_position_embeddings": args.length, "eos_token_id": end, **tower}
+        config = transformers.CLIPConfig(
+            text_config={**text, "bos_token_id": 0, "pad_token_id": end},
+            vision_config={"image_size": args.image, "patch_size": args.patch, **tower},
+            projection_dim=args.width, attn_implementation="sdpa",
+        )  # fmt: skip
+        model = transformers.CLIPModel(config).train()
+        more = {"return_loss": True}
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
-    tokens = torch.as_tensor(ids)
+    inputs = {name: torch.as_tensor(x) for name, x in batch.items()}
     forward = torch.compile(model) if compiled else model
 
     def run(steps):
         losses = []
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            loss = forward(input_ids=tokens, labels=tokens).loss
+            loss = forward(**inputs, **more).loss
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -58,7 +89,7 @@ def theirs(args, ids, compiled: bool):
     return model, run
 
 
-def ours(args, ids, folder, remat: str):
+def ours(args, batch, folder, remat: str):
     """run(steps) -> losses in this project."""
     import jax
     import jax.numpy as jnp
@@ -72,19 +103,20 @@ def ours(args, ids, folder, remat: str):
 
     model, variables = huggingface.load(folder, remat=remat)
     tx = optax.adamw(RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
-    step = jax.jit(
-        make_train_step(objectives.build({"name": "next_token"}, model), tx, lambda _: RATE), donate_argnums=0
-    )
+    ids = batch["input_ids"].astype(np.int32)
+    if args.model == "gpt2":
+        objective = {"name": "next_token"}
+        mask = np.ones(ids.shape, np.float32)
+        mask[:, -1] = 0
+        batch = {"tokens": ids, "targets": np.roll(ids, -1, axis=1), "loss_mask": mask, "input_mask": mask >= 0}
+    else:
+        objective = {"name": "contrastive", "pairs": ("image-text",)}
+        batch = {"inputs": {"image": batch["pixel_values"].transpose(0, 2, 3, 1)[:, None], "text": ids[:, None]}}
+    batch = jax.tree.map(jnp.asarray, batch)
+    loss_fn = objectives.build(objective, model)
+    step = jax.jit(make_train_step(loss_fn, tx, lambda _: RATE), donate_argnums=0)
     params = variables["params"]
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), {}, {}, jax.random.key(0))
-    mask = np.ones(ids.shape, np.float32)
-    mask[:, -1] = 0
-    batch = {
-        "tokens": jnp.asarray(ids, jnp.int32),
-        "targets": jnp.asarray(np.roll(ids, -1, axis=1), jnp.int32),
-        "loss_mask": jnp.asarray(mask),
-        "input_mask": jnp.ones(ids.shape, bool),
-    }
 
     def run(steps):
         nonlocal state
@@ -104,15 +136,15 @@ def main():
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     import numpy as np
 
-    ids = np.random.default_rng(0).integers(0, args.vocab, (args.batch, args.length))
-    model, eager = theirs(args, ids, compiled=False)
+    batch = arrays(args)
+    model, eager = theirs(args, batch, compiled=False)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         runs = {"torch eager": eager}
         for remat in ("none", "dots"):  # to compute elementwise steps again can be faster than to keep them
-            runs[f"vfm remat={remat}"] = ours(args, ids, folder, remat)
+            runs[f"vfm remat={remat}"] = ours(args, batch, folder, remat)
         if not args.no_compile:
-            runs["torch compile"] = theirs(args, ids, compiled=True)[1]
+            runs["torch compile"] = theirs(args, batch, compiled=True)[1]
         first = {name: run(3) for name, run in runs.items()}
     for name, losses in first.items():
         print(f"{name:15s} losses of the first steps: {', '.join(f'{loss:.5f}' for loss in losses)}")
@@ -127,7 +159,9 @@ def main():
             wall[name].append((time.perf_counter() - start) / args.steps)
             cpu[name].append((time.process_time() - used) / args.steps)
     base_wall, base_cpu = (statistics.median(times["torch eager"]) for times in (wall, cpu))
-    print(f"{args.width=} {args.depth=} {args.length=} {args.batch=} fp32, {args.threads} thread(s); medians")
+    print(
+        f"{args.model=} {args.width=} {args.depth=} {args.length=} {args.batch=} fp32, {args.threads} thread(s); medians"
+    )
     for name in runs:
         w, c = statistics.median(wall[name]), statistics.median(cpu[name])
         print(

@@ -26,10 +26,10 @@ def get_config(arg: str = "") -> ConfigDict:
     common.check_variant(arg, "contrastive", ("smoke", "tfds"))
     c = common.base()
     c.title = "Contrastive alignment of images, sounds and texts of numbers"
-    c.study = {"module": "experiments.contrastive", "seeds": 3, "part": "all"}
+    c.study = {"module": "experiments.contrastive", "seeds": 3, "variation_seeds": 1, "schemes": ()}
     c.tokenizer = {"name": "byte", "special": SPECIAL}
     c.model = model(image_size=(8, 8), patch_size=4, num_samples=1024, n_fft=512, frames=2)
-    c.objective = {"name": "contrastive", "pairs": PAIRS, "loss": "infonce"}
+    c.objective = {"name": "contrastive", "pairs": PAIRS, "loss": "infonce", "momentum": 0.0, "queue": 0}
     c.data = {
         "name": "composed",
         "length": LENGTH,
