@@ -159,9 +159,8 @@ def main():
             wall[name].append((time.perf_counter() - start) / args.steps)
             cpu[name].append((time.process_time() - used) / args.steps)
     base_wall, base_cpu = (statistics.median(times["torch eager"]) for times in (wall, cpu))
-    print(
-        f"{args.model=} {args.width=} {args.depth=} {args.length=} {args.batch=} fp32, {args.threads} thread(s); medians"
-    )
+    sizes = f"{args.model=} {args.width=} {args.depth=} {args.length=} {args.batch=}"
+    print(f"{sizes} fp32, {args.threads} thread(s); medians")
     for name in runs:
         w, c = statistics.median(wall[name]), statistics.median(cpu[name])
         print(
