@@ -23,6 +23,8 @@ class ViT(nn.Module):
     Fields:
       pooling: what out["pooled"] float[B, D] is: the "class" token (there is none without this pooling), the "mean" of
         the features, or a learned query that attends to them ("map", see `AttentionPooling`). "": nothing
+      feature_layer: the features are the tokens behind this block, 1 to `depth`, without the last norm, as LLaVA reads
+        CLIP. None: those behind all blocks and the norm
       positions: "learned", "sinusoidal" (2-D, see `sinusoidal_2d`), or "rope" (2-D, see `rotary_2d`; rope_theta)
       any_size: images of other sizes than `image_size` are taken too; learned positions are then resized by
         `interpolation`: "bicubic" or "bilinear"
@@ -46,6 +48,7 @@ class ViT(nn.Module):
     num_heads: int = 2
     mlp_dim: int = 64
     pooling: str = ""
+    feature_layer: int | None = None
     positions: str = "learned"
     rope_theta: float = 100.0
     any_size: bool = False
@@ -126,7 +129,8 @@ class ViT(nn.Module):
             dtype=self.dtype,
             name="transformer",
         )(x, **call, train=train)
-        features = x[:, self.num_extra :]
+        features = x if self.feature_layer is None else out["layers"][self.feature_layer - 1]
+        features = features[:, self.num_extra :]
         out |= {"input": first} if kept is None else {"input": first, "kept": kept}
         if self.num_registers:
             out["registers"] = x[:, self.num_extra - self.num_registers : self.num_extra]
@@ -146,6 +150,8 @@ class ViT(nn.Module):
         for field, known in (("pooling", POOLINGS), ("positions", POSITIONS)):
             if getattr(self, field) not in known:
                 raise unknown(field, getattr(self, field), known, "model.encoders (ViT)")
+        if self.feature_layer is not None and not 1 <= self.feature_layer <= self.depth:
+            raise UserError(f"ViT: feature_layer={self.feature_layer} must be from 1 to depth={self.depth}")
         if not 0 <= self.patch_dropout < 1:
             raise UserError(f"ViT: patch_dropout={self.patch_dropout} must be a share, from 0 to less than 1")
         if not self.any_size or image.ndim != 4 or image.shape[-1] != self.channels:
