@@ -12,6 +12,7 @@ from vfm.backbones import DecoderOnly
 from vfm.decoders import TextDecoder
 from vfm.encoders import TextEncoder
 from vfm.errors import UserError
+from vfm.objectives.classification import classification
 
 V, D, W, T = 20, 16, 12, 24
 CONFIG = {
@@ -322,3 +323,55 @@ def test_a_modality_may_be_a_target_only_and_text_may_be_absent():
     assert not any("text" in root for root in init["params"])
     logits, out = jax.eval_shape(lambda v, b: model.apply(v, **b, train=False), init, full)
     assert logits is None and out["image"]["decoded"].shape == (2, 1, 8, 8, 1)
+
+
+LABELS = {
+    "centre": "image",
+    "encoders": {"image": {"name": "vit", "width": D, "depth": 1, "pooling": "class"}},
+    "backbone": None,
+    "decoders": {"label": {"name": "classifier", "num_classes": 3, "in_width": D}},
+}
+
+
+def test_labels_without_a_backbone_read_the_summary_of_the_centre():
+    model = model_lib.build(LABELS)
+    batch = {"inputs": {"image": jax.random.normal(jax.random.key(1), (4, 1, 8, 8, 1))}}
+    variables = jax.jit(lambda: model_lib.init(model, jax.random.key(0), T))()
+    logits, out = jax.jit(lambda v, b: model.apply(v, **b, train=False))(variables, batch)
+    classes = variables["params"]["decoders_label"]["classes"]
+    expected = out["image"]["encoder"]["pooled"] @ classes["kernel"] + classes["bias"][None]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_array_equal(out["label"]["logits"], logits)
+    batch = {**batch, "label": np.array([0, 1, 2, -1], np.int32)}
+
+    def loss(params):
+        terms, _ = classification(model)(params, {}, batch, jax.random.key(0), train=True)
+        total, count = terms["label"][1:]
+        return total / count
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])
+    nll = -jax.nn.log_softmax(logits)[jnp.arange(3), jnp.arange(3)]
+    np.testing.assert_allclose(value, nll.mean(), rtol=1e-5)
+    assert float(jnp.abs(gradients["encoders_image"]["patch"]["kernel"]).max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"centre": "audio"}, "model.centre='audio' is no encoder; without a backbone decoders.label reads"),
+        ({"decoders": {"image": {"name": "autoencoder"}}}, "model.decoders.image needs a backbone"),
+        ({"input_projectors": {"image": {"name": "linear"}}}, "input_projectors.image leads nowhere"),
+        (
+            {"decoders": {"label": {"name": "classifier", "in_width": 7}}},
+            rf"encoders.image \(ViT\) gives width {D}, but decoders.label \(Classifier\) takes width 7",
+        ),
+    ],
+)
+def test_what_needs_a_backbone_is_refused_without_one(changes, message):
+    with pytest.raises(UserError, match=message):
+        model_lib.build({**LABELS, **changes})
+
+
+def test_patches_that_are_dropped_leave_no_slots_empty():
+    with pytest.raises(UserError, match="encoders.image.patch_dropout would leave slots of the backbone's sequence"):
+        model_lib.build(config(encoders__image__patch_dropout=0.5))

@@ -579,6 +579,13 @@ def check(model: VFM) -> None:
     width = model.backbone.width
     for name in model.encoders:
         fit(*_projected(model, name), f"backbone ({type(model.backbone).__name__})", width)
+        if getattr(model.encoders[name], "patch_dropout", 0) and not getattr(
+            model.input_projectors.get(name), "num_tokens", None
+        ):
+            raise UserError(
+                f"model.encoders.{name}.patch_dropout would leave slots of the backbone's sequence empty; take an "
+                "input projector that gives a number of features of its own, such as 'resampler', or no patch_dropout"
+            )
     classes = labels(model)
     for name in classes:
         block = model.decoders[name]

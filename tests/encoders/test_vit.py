@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vfm import tree
+from vfm import sharding, tree
 from vfm.encoders import ViT
 from vfm.errors import UserError
 from vfm.layers.positions import rotary_2d, rotate, sinusoidal, sinusoidal_2d
@@ -254,3 +254,24 @@ def test_unknown_fields_are_one_line(fields, message):
     with pytest.raises(UserError, match=message):
         images = jnp.zeros((1, 8, 12 if "any_size" in fields else 8, 1))
         ViT(**{**TINY, **fields}).init(jax.random.key(0), images, train=False)
+
+
+@pytest.mark.parametrize("pooling", ["class", "map"])
+def test_every_parameter_has_a_place_and_a_gradient(pooling):
+    fields = {"pooling": pooling, "num_registers": 2, "embedding_norm": True}
+    model, params, images = build(**fields)
+    for path, leaf in tree.flatten({"encoders_image": params}).items():
+        assert len(sharding.parameter_names(path, leaf.shape)) == leaf.ndim
+    weight = jax.random.normal(jax.random.key(1), (2, 16))
+
+    def loss(params):
+        y, out = model.apply({"params": params}, images, train=False)
+        return (out["pooled"] * weight).sum()
+
+    for path, gradient in tree.flatten(jax.jit(jax.grad(loss))(params)).items():
+        if not path.endswith("key/bias"):  # softmax does not see it
+            assert float(jnp.abs(gradient).max()) > 1e-4, path
+    y, out = apply(model.clone(dtype="bfloat16"), params, images)
+    assert y.dtype == out["pooled"].dtype == jnp.bfloat16
+    exact = apply(model, params, images)[1]["pooled"]
+    assert 0 < float(jnp.linalg.norm(out["pooled"] - exact) / jnp.linalg.norm(exact)) < 0.05
