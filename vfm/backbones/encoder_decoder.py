@@ -30,7 +30,9 @@ class EncoderDecoder(StackFields):
 
     x: float[B, S, D], which the encoder reads, and decoder_x: float[B, T, D] -> (float[B, T, D], out) of the decoder.
     out["encoder"] has "output" float[B, S, D], "input" and "layers"; the rest of `out` is the decoder's, as in
-    `DecoderOnly`. Fields: `StackFields`; decoder_depth, decoder_num_heads, decoder_mlp_dim: None: as the encoder.
+    `DecoderOnly`. Fields: `StackFields`; decoder_depth, decoder_num_heads, decoder_mlp_dim: None: as the encoder;
+    encode: False: there is no encoder, and the decoder attends to `x` as it is. So in Whisper, whose encoder is that of
+    the modality.
 
     Args of the call:
       decoder_x: None: the decoder reads `x` as well, as BART does to classify (Lewis et al. 2020, section 3.1).
@@ -48,11 +50,13 @@ class EncoderDecoder(StackFields):
     decoder_depth: int | None = None
     decoder_num_heads: int | None = None
     decoder_mlp_dim: int | None = None
+    encode: bool = True
 
     kind = "encoder_decoder"
 
     def setup(self):
-        self.encoder = EncoderOnly(**self.stack_fields())
+        if self.encode:
+            self.encoder = EncoderOnly(**self.stack_fields())
         self.decoder = DecoderOnly(**self._decoder_fields())
 
     def _decoder_fields(self) -> dict[str, Any]:
@@ -81,9 +85,11 @@ class EncoderDecoder(StackFields):
         encoder_out, context = {}, None
         if x is not None:
             input_mask = jnp.ones(x.shape[:2], bool) if input_mask is None else input_mask
-            context, encoder_out = self.encoder(
-                x, input_mask=input_mask, segment_ids=segment_ids, positions=positions, train=train
-            )
+            context = x
+            if self.encode:
+                context, encoder_out = self.encoder(
+                    x, input_mask=input_mask, segment_ids=segment_ids, positions=positions, train=train
+                )
             encoder_out["output"] = context
             if decoder_x is None:
                 decoder_x, decoder_mask, decoder_positions = x, input_mask, positions

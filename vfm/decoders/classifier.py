@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from vfm.errors import unknown
 from vfm.layers.mlp import ACTIVATIONS
+from vfm.layers.norm import make_norm
 
 POOLINGS = ("first", "last", "mean")
 
@@ -15,6 +16,7 @@ class Classifier(nn.Module):
 
     Fields:
       pooling: "first" token (BERT's [CLS]), "last" real token (GPT, BART), or the "mean" of the real ones
+      norm: epsilon of a LayerNorm on the pooled features, which comes first (AST); None: there is none
       transform: an activation; the pooled features then go through dense and activation first (BERT's pooler has
         "tanh"). "": none
       num_classes: None: no head; the features are the pooled ones
@@ -25,6 +27,7 @@ class Classifier(nn.Module):
 
     num_classes: int | None = 2
     pooling: str = "first"
+    norm: float | None = None
     transform: str = ""
     use_bias: bool = True
     dropout: float = 0.0
@@ -51,6 +54,8 @@ class Classifier(nn.Module):
             first = jnp.where(mask, positions, x.shape[1]).min(axis=1)
             index = jnp.clip(first if self.pooling == "first" else last, 0, x.shape[1] - 1)
             x = jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+        if self.norm is not None:
+            x = make_norm("layernorm", epsilon=self.norm, use_bias=True, dtype=self.dtype, name="norm")(x)
         if self.transform:
             x = ACTIVATIONS[self.transform](nn.Dense(x.shape[-1], dtype=self.dtype, name="hidden")(x))
         pooled = nn.Dropout(self.dropout, name="dropout")(x, deterministic=not train)

@@ -13,7 +13,7 @@ import numpy as np
 from vfm import model as model_lib
 from vfm import sharding, tree
 from vfm.errors import UserError, unknown
-from vfm.interop import bart, bert, clip, gpt, llama, llava, t5, vit
+from vfm.interop import audio, bart, bert, clip, gpt, llama, llava, t5, vit
 from vfm.interop.weights import Family, Tensor
 from vfm.model import VFM
 
@@ -26,12 +26,15 @@ FAMILIES: dict[str, Family] = {
     **vit.FAMILIES,
     **clip.FAMILIES,
     **llava.FAMILIES,
+    **audio.FAMILIES,
 }
 # Without an architecture in config.json.
 _USUAL = ("lm", "mlm", "none")
 _SHARD = 4 << 30  # bytes of one file
 # Fields that say how a model is run and trained, and not what it computes.
 _FREE = ("dropout", "remat", "dtype", "max_len", "in_width", "any_size", "interpolation", "patch_dropout")
+_FREE += ("mask_time", "mask_mel", "num_masks")
+_FRONT_END = "preprocessor_config"  # the name of its file, and of the field that holds it for the families
 
 
 def load(
@@ -50,11 +53,16 @@ def load(
 
     `model.apply(variables, tokens=int32[B, T], input_mask=bool[B, T], train=False)` gives (logits, out), see `VFM`;
     encoder–decoders also take decoder_tokens, and models of images inputs={"image": float[B, N, H, W, C]}, normalised
-    as they were in training (CLIP and SigLIP also "text": int32[B, N, T], all positions filled). Raises `UserError` for
-    an architecture that is not supported, for a tensor that is missing, has another shape, or has no place.
+    as they were in training (CLIP and SigLIP also "text": int32[B, N, T], all positions filled). Those of sounds take
+    inputs={"audio": float[B, N, S]}, waveforms or what the front end makes of them; Whisper also
+    starts={"audio": zeros int32[B, 1]}, input_mask=bool[B, P], all true for the P features of the sound, and
+    decoder_tokens. Raises `UserError` for an architecture that is not supported, for a tensor that is missing, has
+    another shape, or has no place.
     """
     folder = pathlib.Path(path).expanduser()
-    c = _config(folder)
+    c = _config(folder, "config.json")
+    if (folder / f"{_FRONT_END}.json").is_file():
+        c[_FRONT_END] = _config(folder, f"{_FRONT_END}.json")
     kind = c.get("model_type")
     if kind not in FAMILIES:
         raise unknown("model_type", kind, FAMILIES, f"{folder / 'config.json'}")
@@ -100,6 +108,7 @@ def save(path: str, model: VFM, variables: Mapping[str, Any], **config: Any) -> 
     from safetensors.numpy import save_file
 
     kind, c = _family_of(model)
+    front_end = c.pop(_FRONT_END, None)
     ids = () if model.backbone is None else ("bos_token_id", "eos_token_id", "pad_token_id")
     c = {**dict.fromkeys(ids), **c, **config}
     folder = pathlib.Path(path).expanduser()
@@ -129,7 +138,9 @@ def save(path: str, model: VFM, variables: Mapping[str, Any], **config: Any) -> 
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     for name, shard in zip(names, shards):
         save_file(shard, folder / name, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(c, indent=2) + "\n", encoding="utf-8")
+    for name, content in (("config", c), (_FRONT_END, front_end)):
+        if content is not None:
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _override(cfg: dict[str, Any], fields: Mapping[str, Any]) -> None:
@@ -196,7 +207,10 @@ def _meaning(model: VFM) -> dict[str, Any]:
         for field in ("temperature", "max_scale"):
             d["alignment"].pop(field)
         d["alignment"]["bias"] = d["alignment"]["bias"] is not None
-    for block in d["encoders"].values():
+    for name, block in d["encoders"].items():
+        if block["name"] == "ast":
+            block.pop("num_samples")
+            block["num_frames"] = model.encoders[name].length
         if block["name"] == "text_transformer":
             block["backbone"] = _backbone_meaning(block["backbone"])
             if block["pooling"] != "end":
@@ -293,8 +307,8 @@ def _tied(model: VFM) -> bool:
     return bool(getattr(model.decoders.get("text"), "tied", False))
 
 
-def _config(folder: pathlib.Path) -> dict[str, Any]:
-    file = folder / "config.json"
+def _config(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    file = folder / name
     if not folder.is_dir():
         raise UserError(f"interop: {folder} is not a folder; give one with config.json and *.safetensors")
     try:
