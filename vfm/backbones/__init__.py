@@ -5,12 +5,14 @@ train=) -> (float[B, T, D], out)`. `kind` is "encoder_only", "decoder_only" or "
 table 3 tells apart, and what decides how the model generates. All fields have defaults.
 """
 
+from vfm.backbones.cross_encoder import CrossEncoder
 from vfm.backbones.decoder_only import DecoderOnly
 from vfm.backbones.encoder_decoder import EncoderDecoder
 from vfm.backbones.encoder_only import EncoderOnly
 from vfm.backbones.two_stream import TwoStream
 
 BACKBONES = {
+    "cross_encoder": CrossEncoder,
     "decoder_only": DecoderOnly,
     "encoder_decoder": EncoderDecoder,
     "encoder_only": EncoderOnly,

@@ -23,8 +23,8 @@ class EncoderOnly(StackFields):
     """Bidirectional Transformer, by default in the style of BERT (Devlin et al. 2019).
 
     x: float[B, T, D] -> (float[B, T, D], out), `out` as in `DecoderOnly`. Fields: `StackFields`. Args of the call:
-    input_mask: bool[B, T], segment_ids, positions, token_types: int32[B, T], as in `DecoderOnly`. There is no cache: a
-    new token changes the features of all.
+    input_mask: bool[B, T], segment_ids, positions, token_types: int32[B, T], as in `DecoderOnly`, and context,
+    context_mask, context_segments, for cross-attention. There is no cache: a new token changes the features of all.
     """
 
     norm_epsilon: float = 1e-12
@@ -38,7 +38,17 @@ class EncoderOnly(StackFields):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, *, input_mask=None, segment_ids=None, positions=None, token_types=None, train: bool
+        self,
+        x: jax.Array,
+        *,
+        input_mask=None,
+        segment_ids=None,
+        positions=None,
+        token_types=None,
+        context=None,
+        context_mask=None,
+        context_segments=None,
+        train: bool,
     ):
         return self.run(
             x,
@@ -47,5 +57,8 @@ class EncoderOnly(StackFields):
             segment_ids=segment_ids,
             positions=positions,
             token_types=token_types,
+            context=context,
+            context_mask=context_mask,
+            context_segments=context_segments,
             train=train,
         )

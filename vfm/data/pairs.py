@@ -5,10 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vfm.data import augment as augmentation
-from vfm.data.interleave import Carry, Input, Layout, Output, Text, check_shape, interleave
-from vfm.data.records import CorruptRecord
-from vfm.data.sources import build_source
+from vfm.data.interleave import Carry, Input, Layout, Output, Text, interleave
+from vfm.data.labelled import Labelled
 from vfm.errors import UserError, unknown
 
 
@@ -89,10 +87,18 @@ class Pairs:
         self.layout, self.tokenizer, self.words = layout, tokenizer, tuple(words)
         self.question, self.answer = question, answer
         self.shuffle_inputs = shuffle_inputs and self.train
-        if not sources:
-            raise UserError("dataset 'pairs' has no source")
-        for modality in sources:
-            layout.modality(modality)
+        self.items = Labelled(
+            sources,
+            self.words,
+            split=split,
+            layout=layout,
+            where="dataset 'pairs'",
+            train=self.train,
+            anchor=anchor,
+            augment=augment,
+            opened=opened,
+        )
+        self.sources = self.items.sources
         self.tasks = tuple(self.parse(spec, sources) for spec in ((task,) if task else tasks))
         if not self.tasks:
             raise UserError("dataset 'pairs' has no task")
@@ -100,22 +106,7 @@ class Pairs:
         if len(weights) != len(self.tasks) or min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"dataset 'pairs': weights {weights} do not fit {len(self.tasks)} task(s)")
         self.thresholds = np.cumsum(weights) / sum(weights)
-        self.anchor = anchor or next(iter(sources))
-        if self.anchor not in sources:
-            raise unknown("anchor", self.anchor, sources, where="dataset 'pairs'")
-        augmentation.check(augment or {}, {m: len(layout.modality(m).item_shape) for m in sources})
-        self.augment = {m: dict(fields) for m, fields in (augment or {}).items()} if self.train else {}
         self._check_length()
-        self.sources = dict(opened or {})
-        for modality, cfg in sources.items():
-            if modality in self.sources:
-                continue
-            try:
-                self.sources[modality] = build_source(cfg, split)
-            except UserError as error:
-                raise UserError(f"data.sources.{modality}: {error}") from error
-        self.rows = {modality: self._by_label(modality) for modality in self.sources}
-        self._check_labels()
 
     @staticmethod
     def blank(cfg: Mapping, layout: Layout, tokenizer) -> dict:
@@ -125,33 +116,6 @@ class Pairs:
     def parse(self, spec: str, sources: Mapping | None = None) -> Task:
         """The task of its name, checked against the sources."""
         return Task.parse(spec, {"text", *(self.sources if sources is None else sources)})
-
-    def _by_label(self, modality: str) -> dict[int, np.ndarray]:
-        labels = self.sources[modality].labels
-        if labels is None:
-            raise UserError(f"dataset 'pairs': the source of {modality!r} gives no labels to pair by")
-        if len(labels) and labels.max() >= len(self.words):
-            raise UserError(
-                f"dataset 'pairs': the source of {modality!r} has label {labels.max()}, but `words` names "
-                f"only {len(self.words)} classes"
-            )
-        return {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist() if label >= 0}
-
-    def _check_labels(self) -> None:
-        named = {m: s.class_names for m, s in self.sources.items() if getattr(s, "class_names", ())}
-        for modality, names in named.items():
-            first = next(iter(named))
-            if names != named[first]:
-                raise UserError(
-                    f"dataset 'pairs': classes of {modality!r} {names} differ from those of {first!r} "
-                    f"{named[first]}; set the field `classes` of both sources"
-                )
-        for modality, rows in self.rows.items():
-            if missing := set(self.rows[self.anchor]) - set(rows):
-                raise UserError(
-                    f"dataset 'pairs': the source of {modality!r} has no item of label(s) {sorted(missing)}, "
-                    f"which the anchor {self.anchor!r} has"
-                )
 
     def _check_length(self) -> None:
         longest = max(self.words, key=lambda word: len(self.tokenizer.encode(word)), default="")
@@ -164,7 +128,7 @@ class Pairs:
                 raise UserError(f"task '{'+'.join(task.inputs)}->{task.output}': {error}") from error
 
     def __len__(self) -> int:
-        return len(self.sources[self.anchor])
+        return len(self.items)
 
     def example(self, index: int, rng: np.random.Generator) -> dict:
         """The row of anchor item `index`: task, partners, order and changes are drawn from `rng`."""
@@ -182,13 +146,10 @@ class Pairs:
         return row | {"word": word}
 
     def _row(self, index: int, task: Task, rng: np.random.Generator, answer: bool) -> tuple[dict, str]:
-        label = int(self.sources[self.anchor].labels[index])
-        if label < 0:
-            self.sources[self.anchor][index]  # raises for a damaged record, naming it
-            raise CorruptRecord(f"dataset 'pairs': item {index} of {self.anchor!r} has no label")
+        label = self.items.label(index)
         indices = {}
-        for modality, rows in self.rows.items():
-            indices[modality] = index if modality == self.anchor else int(rows[label][rng.integers(len(rows[label]))])
+        for modality in self.sources:
+            indices[modality] = index if modality == self.items.anchor else self.items.draw(modality, label, rng)
         order = task.inputs
         if self.shuffle_inputs:
             order = tuple(order[i] for i in rng.permutation(len(order)))
@@ -198,24 +159,12 @@ class Pairs:
         items = {}
         for modality in first:
             if modality in indices and (modality in used or answer):
-                items[modality] = self._item(modality, indices[modality], rng, change=modality != task.output)
+                items[modality] = self.items.item(modality, indices[modality], rng, change=modality != task.output)
         segments = self._segments(task, order, items, self.words[label], answer)
         segments += [Carry(m, array) for m, array in items.items() if m not in used]
         row = interleave(segments, self.layout, self.tokenizer)
         row["label"] = np.asarray(label, np.int32)
         return row, self.words[label]
-
-    def _item(self, modality: str, index: int, rng: np.random.Generator, change: bool) -> np.ndarray:
-        record = self.sources[modality][index]
-        arrays = [name for name in record if isinstance(record[name], np.ndarray)]
-        if modality not in arrays and len(arrays) != 1:
-            raise UserError(f"modality {modality!r}: its source gives {sorted(record)}, not {modality!r}")
-        array = record[modality if modality in arrays else arrays[0]]
-        check_shape(modality, self.layout.modality(modality), array)  # changes want the right rank
-        if not np.isfinite(array).all():
-            raise CorruptRecord(f"modality {modality!r}: item {index} of its source holds numbers that are not finite")
-        fields = self.augment.get(modality) if change else None
-        return augmentation.apply(array, rng, fields) if fields else array
 
     def _segments(self, task: Task, order, items: Mapping, word: str, answer: bool) -> list:
         segments = [Text([self.tokenizer.bos_id])]
