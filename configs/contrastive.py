@@ -19,7 +19,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 MODALITIES = ("image", "audio", "text")
 PAIRS = ("image-text", "audio-text", "image-audio")
-DIGITS, WIDTH, SPACE, LENGTH = 3, 64, 32, 20
+DIGITS, WIDTH, SPACE, LENGTH = 3, 48, 32, 18
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.title = "Contrastive alignment of images, sounds and texts of numbers"
     c.study = {"module": "experiments.contrastive", "seeds": 3, "variation_seeds": 1, "schemes": ()}
     c.tokenizer = {"name": "byte", "special": SPECIAL}
-    c.model = model(image_size=(8, 8), patch_size=4, num_samples=1024, n_fft=512, frames=2)
+    c.model = model(image_size=(8, 8), patch_size=4, num_samples=1024, n_fft=512, frames=4)
     c.objective = {"name": "contrastive", "pairs": PAIRS, "loss": "infonce", "momentum": 0.0, "queue": 0}
     c.data = {
         "name": "composed",
@@ -43,9 +43,9 @@ def get_config(arg: str = "") -> ConfigDict:
         "augment": {"image": {"shift": 1, "rotate": 10.0, "scale": 0.1}},
         **common.DATA,
     }
-    c.train.update(steps=1200, batch_size=128)
-    c.optimizer.update(learning_rate=2e-3, weight_decay=0.05)
-    c.optimizer.schedule.warmup_steps = 100
+    c.train.update(steps=600, batch_size=128)
+    c.optimizer.update(learning_rate=3e-3, weight_decay=0.05)
+    c.optimizer.schedule.warmup_steps = 50
     c.eval.update(every=0, evaluators=("retrieval",), batch_size=200)
     c.eval.retrieval = {"k": (1, 5, 10), "probe_examples": 2000}
     c.checkpoint.best_metric = ""

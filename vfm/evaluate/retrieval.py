@@ -7,9 +7,11 @@ import jax
 import numpy as np
 
 from vfm.data.aligned import text_item
+from vfm.encoders.vit import ViT
 from vfm.errors import UserError
 from vfm.evaluate import Evaluation, fewest, options
 from vfm.evaluate.probe import LinearProbe
+from vfm.evaluate.rollout import patch_map
 
 OPTIONS = {
     "k": (1, 5, 10),
@@ -18,6 +20,7 @@ OPTIONS = {
     "neighbours": 10,
     "probe_examples": 0,
     "picture": "pca",
+    "maps": 4,
 }
 
 
@@ -87,7 +90,8 @@ def retrieval(experiment, params, variables, split: str, limit: int | None) -> E
                           nearest embeddings
 
     Options in config.eval.retrieval: k, classes, templates, neighbours (of knn), probe_examples (of the training split;
-    0: no probes), picture ("pca", "umap": of the shared space, in the report; umap-learn must be installed).
+    0: no probes), picture ("pca", "umap": of the shared space, in the report; umap-learn must be installed), maps (so
+    many items of a ViT are shown with the rollout of its attention).
     """
     chosen = options(experiment, "retrieval", OPTIONS)
     dataset, read = experiment.dataset(split), reader(experiment)
@@ -105,7 +109,14 @@ def retrieval(experiment, params, variables, split: str, limit: int | None) -> E
         measured |= zero_shot(experiment, params, variables, chosen, embeddings, labels)
     if chosen["probe_examples"]:
         measured |= probes(experiment, params, variables, chosen, read, dataset, found)
-    return Evaluation(measured, _samples(chosen, embeddings, dataset.pairs, measured))
+    samples = _samples(chosen, embeddings, dataset.pairs, measured)
+    for name, encoder in experiment.model.encoders.items():
+        if chosen["maps"] and isinstance(encoder, ViT):
+            images = found["raw"][name][: chosen["maps"]]
+            heat = np.asarray(patch_map(encoder, params[f"encoders_{name}"], images))
+            caption = f"Rollout of the attention to the patches of {name}, from none (dark) to most (bright)"
+            samples[f"rollout_{name}"] = (caption, [_mapped(*pair) for pair in zip(images, heat)])
+    return Evaluation(measured, samples)
 
 
 def reader(experiment):
@@ -205,6 +216,13 @@ def _samples(chosen, embeddings, pairs, measured) -> dict[str, tuple[str, list[l
         drawing = picture(embeddings, chosen["picture"])
         found["space"] = (f"The shared space in two dimensions ({chosen['picture']})", [[("image", drawing)]])
     return found
+
+
+def _mapped(image: np.ndarray, heat: np.ndarray) -> list[tuple]:
+    """An image float[H, W, C] beside its map float[rows, columns]."""
+    shown = image if image.shape[-1] in (1, 3) else image.mean(axis=-1, keepdims=True)
+    size = image.shape[0] // heat.shape[0], image.shape[1] // heat.shape[1]
+    return [("image", shown), ("image", np.kron(heat / heat.max(), np.ones(size)))]
 
 
 def picture(embeddings: Mapping[str, np.ndarray], method: str) -> np.ndarray:
