@@ -13,7 +13,7 @@ from vfm import tree
 from vfm.errors import UserError
 from vfm.generate import generate
 from vfm.interop import huggingface
-from vfm.parity import audio
+from vfm.parity import transformers_audio as audio
 
 FIXTURE = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "whisper"
 needs_fixture = pytest.mark.skipif(not FIXTURE.exists(), reason="no reference files")

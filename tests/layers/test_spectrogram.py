@@ -18,7 +18,7 @@ from vfm.layers.spectrogram import (
     mel_to_hz,
     power_spectrogram,
 )
-from vfm.parity import audio
+from vfm.parity import transformers_audio as audio
 
 FUNCTIONS = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "functions"
 FIXTURE = FUNCTIONS / "mel_spectrogram" / "io.npz"

@@ -8,7 +8,18 @@ import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 
-from vfm.parity import functions, tokenizer_files, transformers_generation, transformers_models, transformers_vision
+from vfm.parity import (
+    functions,
+    tokenizer_files,
+    torch_cnn,
+    transformers_audio,
+    transformers_generation,
+    transformers_llava,
+    transformers_models,
+    transformers_vision,
+)
+
+_LIBRARIES = (transformers_models, transformers_vision, transformers_llava, transformers_audio)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +59,7 @@ def _family(name: str, part: str) -> float:
 
 @functools.cache
 def _compare(name: str):
-    vision = name in transformers_vision.MODELS
-    return (transformers_vision if vision else transformers_models).compare(name)
+    return next(module for module in _LIBRARIES if name in module.MODELS).compare(name)
 
 
 def _tokens(name: str, beams: int) -> float:
@@ -66,6 +76,14 @@ def checks() -> Iterator[Check]:
     yield Check("cross-entropy with smoothing, and gradient", torch, 1e-6, functions.cross_entropy)
     yield Check("AdamW, ten steps", torch, 1e-6, functions.adamw_step)
     yield Check("T5 relative buckets", both, 0.0, functions.relative_buckets)
+    yield Check("log-mel spectrogram of Whisper", both, 1e-4, transformers_audio.whisper_log_mel)
+    yield Check("filter bank of AST", both, 1e-4, transformers_audio.ast_fbank)
+    cnns = {"ResNet": (torch_cnn.resnet, "batch"), "ResNet, groups": (torch_cnn.resnet, "group")}
+    cnns |= {"ResNet, bottlenecks": (functools.partial(torch_cnn.resnet, bottleneck=True), "batch")}
+    cnns |= {"VGG": (torch_cnn.vgg, "none"), "VGG, batch norm": (torch_cnn.vgg, "batch")}
+    for name, (run, norm) in cnns.items():
+        what = f"{name}: outputs, gradients, running averages"
+        yield Check(what, torch, 1e-4, functools.partial(run, norm))
     for pattern in ("gpt2", "cl100k"):
         merges = functools.partial(tokenizer_files.merges, pattern)
         yield Check(f"BPE, {pattern} pattern: merges of the same texts", ("tokenizers",), 0.0, merges)
@@ -76,7 +94,7 @@ def checks() -> Iterator[Check]:
         for beams in (1, 4):
             kind = "greedy" if beams == 1 else f"{beams} beams"
             yield Check(f"{name}: {kind}, tokens", both, 0.0, functools.partial(_tokens, name, beams))
-    for name in (*transformers_models.MODELS, *transformers_vision.MODELS):
+    for name in (name for module in _LIBRARIES for name in module.MODELS):
         yield Check(f"{name}: outputs", both, 1e-4, functools.partial(_family, name, "forward"))
         yield Check(f"{name}: load → save → load there", both, 1e-5, functools.partial(_family, name, "round_trip"))
 
