@@ -57,10 +57,11 @@ def test_geometry_by_hand():
 def config(**changes):
     c = contrastive.get_config("smoke")
     c.mesh.data = 1
-    c.data.update(compose=1, held_out=0.0, size=60)
+    c.data.update(compose=1, held_out=0.0, size=300)
+    c.data.augment = {}
     c.data.sources.audio.update(duration=0.384)
     c.model.encoders.image.update(image_size=(8, 8))
-    c.eval.retrieval = {"probe_examples": 40, "classes": contrastive.WORDS, "templates": ("{}", "{} "), "neighbours": 3}
+    c.eval.retrieval = {"probe_examples": 200, "classes": contrastive.WORDS, "templates": ("{}", "{} "), "neighbours": 3}
     for name in c.model.encoders:
         depth = c.model.encoders[name].get("backbone", c.model.encoders[name])
         depth.depth = 1
@@ -98,7 +99,7 @@ def test_an_untrained_model_by_hand(tmp_path):
     expected = np.mean((image @ np.stack(centres).T).argmax(axis=1) == labels)
     assert found["zero_shot_image"] == pytest.approx(expected)
     assert found["probe_image"] == pytest.approx(found["probe_random_image"])  # nothing is trained yet
-    assert found["probe_pca_image"] > 0.4 and 0 <= found["knn_image"] <= 1  # the labels are those of the items
+    assert found["probe_pca_image"] > 0.6 and 0 <= found["knn_image"] <= 1  # the labels are those of the items
     assert found["gap_image_text"] == pytest.approx(modality_gap(read["embedding"]["image"], read["embedding"]["text"]))
     table = samples["retrieval"][1]
     assert len(table) == 7 and table[1][1][1] == "pairs of them"
