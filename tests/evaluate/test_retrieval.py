@@ -99,7 +99,7 @@ def test_an_untrained_model_by_hand(tmp_path):
     expected = np.mean((image @ np.stack(centres).T).argmax(axis=1) == labels)
     assert found["zero_shot_image"] == pytest.approx(expected)
     assert found["probe_image"] == pytest.approx(found["probe_random_image"])  # nothing is trained yet
-    assert found["probe_pca_image"] > 0.6 and 0 <= found["knn_image"] <= 1  # the labels are those of the items
+    assert found["probe_pca_image"] > 0.4 and 0 <= found["knn_image"] <= 1  # the labels are those of the items
     assert found["gap_image_text"] == pytest.approx(modality_gap(read["embedding"]["image"], read["embedding"]["text"]))
     table = samples["retrieval"][1]
     assert len(table) == 7 and table[1][1][1] == "pairs of them"
