@@ -85,9 +85,10 @@ def test_frozen_accumulated_and_rematerialised(tmp_path):
     assert found["memory.ema"] == 0
     moments = 4 * (KERNELS // 2 + NORMS)  # the tables have none
     assert found["memory.optimizer"] == 2 * moments + 2 * 4
-    # Neither the pass that counts what to divide by nor the micro-batches change the work of a step.
+    # Neither the pass that counts what to divide by nor the micro-batches change the work of a step. No gradient of the
+    # frozen head is computed, but that of its input is.
     assert found["step.micro_batches"] == 2
-    assert 2.9 * FORWARD < found["flops.step"] <= 3 * FORWARD
+    assert found["flops.step"] == 3 * FORWARD - 2 * B * T * V * D
     assert found["flops.executed"] > 1.15 * found["flops.step"]
 
 
