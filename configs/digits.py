@@ -71,6 +71,7 @@ def model(image_size, patch_size, upsample, num_samples, n_fft, width=64, depth=
                 "hop": hop,
                 "n_mels": 64,
                 "frames": frames,
+                "stem": "frames",
                 "depth": depth,
                 **stack,
             },

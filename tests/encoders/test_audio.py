@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from vfm import model as model_lib
 from vfm import tree
 from vfm.data.audio import Dtmf
 from vfm.encoders import AST, AudioTransformer
@@ -64,6 +65,20 @@ def test_every_stem_gives_the_same_tokens(stem):
     moved = jnp.abs(run(wave.at[:, 1088:1152].set(wave[:, 1088:1152][:, ::-1])) - run(wave)).max(axis=(0, 2))
     far = np.abs(np.arange(16) - 8) > 2  # turned around in time: mean and variance of the item stay
     assert moved[8] > 1e-2 and moved[far].max() < 1e-4
+
+
+@pytest.mark.parametrize("arg", ["", "tfds"])
+def test_one_field_of_a_config_changes_the_route(arg):
+    from configs import digits
+
+    c = digits.get_config(arg)
+    c.lock()
+    plain = model_lib.build(c.model)
+    c.update_from_flattened_dict({"model.encoders.audio.stem": "waveform"})
+    model = model_lib.build(c.model)
+    assert model.encoders["audio"].num_tokens == plain.encoders["audio"].num_tokens
+    params = jax.eval_shape(lambda: model_lib.init(model, jax.random.key(0), 24))["params"]
+    assert "samples_0" in params["encoders_audio"] and "frames" not in params["encoders_audio"]
 
 
 def test_strides_of_the_waveform():
@@ -163,6 +178,7 @@ def test_what_does_not_fit_is_refused(model, message):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_every_route_learns_the_keys_of_a_telephone(name):
     """DTMF tones at any place in noise, from scratch: at least 95 % of the unseen ones."""
+    steps = 400
     sizes = {"train": 2000, "validation": 10, "test": 500}
     fields = dict(num_samples=2048, depth=2, width=32, mlp_dim=64)
     fields |= dict(n_mels=64) if name == "ast" else dict(n_fft=512, n_mels=64, frames=4)
@@ -175,7 +191,7 @@ def test_every_route_learns_the_keys_of_a_telephone(name):
     sounds, labels = load("train")
     head = jax.random.normal(jax.random.key(5), (32, 10)) * 0.1
     params = {"encoder": parameters(model), "head": head}
-    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, 600), weight_decay=0.01)
+    tx = optax.adamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=0.01)
 
     def logits(params, sound, key=None):
         rngs = {} if key is None else {"dropout": key}
@@ -191,7 +207,7 @@ def test_every_route_learns_the_keys_of_a_telephone(name):
         return optax.apply_updates(params, updates), state
 
     state, rng = tx.init(params), np.random.default_rng(0)
-    for i in range(600):
+    for i in range(steps):
         rows = rng.integers(0, len(labels), 64)
         params, state = step(params, state, sounds[rows], labels[rows], jax.random.key(i))
     sounds, labels = load("test")

@@ -1,13 +1,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from vfm import sharding, tree
+from vfm import model as model_lib
+from vfm import objectives, sharding, tree
 from vfm.encoders import VGG, ResNet
 from vfm.encoders.cnn import RESNET18, RESNET50, VGG11, VGG16
 from vfm.errors import UserError
 from vfm.parity import torch_cnn
+from vfm.train import state as state_lib
+from vfm.train import step
 
 IMAGE = dict(image_size=(224, 224), channels=3)
 
@@ -82,6 +86,44 @@ def test_batch_statistics_are_those_of_the_global_batch():
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     assert all(jnp.abs(leaf).max() > 0 for path, leaf in tree.flatten(found).items() if path.endswith("mean"))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_moves_the_averages_and_evaluation_uses_them(accumulate):
+    image = {"name": "resnet", "image_size": (6, 6), "stages": (1,), "widths": (8,), "norm": "batch"}
+    model = model_lib.build(
+        {
+            "centre": "image",
+            "encoders": {"image": image},
+            "backbone": None,
+            "decoders": {"label": {"name": "classifier", "num_classes": 3}},
+        }
+    )
+    loss_fn, tx = objectives.build({"name": "classification"}, model), optax.sgd(0.1)
+    train_step = step.make_train_step(loss_fn, tx, lambda count: 0.1, accumulate=accumulate)
+    state = jax.jit(lambda: state_lib.create(model, tx, seed=0, length=1, ema=False))()
+    images = jax.random.normal(jax.random.key(0), (16, 1, 6, 6, 1)) * jnp.linspace(1, 4, 16).reshape(-1, 1, 1, 1, 1) + 2
+    batch = {"inputs": {"image": images}, "label": jnp.arange(16) % 3}
+    alone, _ = jax.jit(train_step)(state, batch)
+    mesh = sharding.make_mesh({"data": 8})
+    with sharding.use_mesh(mesh):
+        spread, _ = jax.jit(train_step)(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+    averages = tree.flatten(alone.variables)
+    for path, leaf in tree.flatten(spread.variables).items():
+        np.testing.assert_allclose(leaf, averages[path], atol=1e-5, err_msg=path)
+
+    # The stem's averages by hand, a tenth of the way for each micro-batch.
+    kernel, wanted = state.params["encoders_image"]["conv_stem"]["kernel"], np.zeros(8)
+    for i in range(accumulate):
+        x = jax.lax.conv_general_dilated(
+            images[i::accumulate, 0], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        wanted += 0.1 * (x.mean(axis=(0, 1, 2)) - wanted)
+    stem = averages["batch_stats/encoders_image/norm_stem/mean"]
+    np.testing.assert_allclose(stem, wanted, atol=1e-5)
+
+    evaluate = jax.jit(lambda variables: step.make_eval_step(loss_fn)(alone.params, variables, batch)[0]["label"][0])
+    assert abs(float(evaluate(alone.variables) - evaluate(state.variables))) > 1e-2
 
 
 def test_the_first_blocks_are_the_identity():
