@@ -33,7 +33,10 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data = {
         "name": "composed",
         "length": LENGTH,
-        "sources": {"image": {"name": "digits"}, "audio": {"name": "dtmf", "duration": 0.128, "tone": (0.06, 0.1)}},
+        "sources": {
+            "image": {"name": "digits"},
+            "audio": {"name": "dtmf", "duration": 0.128, "tone": (0.06, 0.1), "cache": True},
+        },
         "words": WORDS,
         "pairs": PAIRS,
         "compose": DIGITS,

@@ -26,7 +26,7 @@ class Dtmf:
     in the window where it fits. level_db: range of the low-group tone's amplitude, dB relative to full scale.
     twist_db: range of high-group minus low-group amplitude, dB. snr_db: range of the ratio of the power of
     the two tones to that of white Gaussian noise (over the whole window), dB. Phases are uniform. sizes:
-    items per split.
+    items per split. cache: keep items in memory once they are made.
     Item i of a split is a pure function of (seed, split, i): audio float32[samples] in [-1, 1], label = i %
     10.
     Raises UserError when a tone does not fit into the window, or the sample rate is too low for 1477 Hz.
@@ -45,6 +45,7 @@ class Dtmf:
         snr_db: tuple[float, float] = (5.0, 25.0),
         sizes: Mapping[str, int] | None = None,
         seed: int = 0,
+        cache: bool = False,
     ):
         sizes = dict(sizes or {"train": 2000, "validation": 500, "test": 1000})
         self.split = check_split(split, sizes, "source 'dtmf'")
@@ -56,22 +57,30 @@ class Dtmf:
         self.ranges = tuple(tone), tuple(level_db), tuple(twist_db), tuple(snr_db)
         self.seed = seed
         self.labels = (np.arange(sizes[split]) % 10).astype(np.int32)
+        self.cache: dict[int, np.ndarray] | None = {} if cache else None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]
+        audio = None if self.cache is None else self.cache.get(index)
+        if audio is None:
+            audio = self._make(index)
+            if self.cache is not None:
+                self.cache[index] = audio
+        return {"audio": audio, "label": int(self.labels[index])}
+
+    def _make(self, index: int) -> np.ndarray:
         rng = stream(self.seed, "dtmf", self.split, index)
         tone, level, twist, snr = (low + (high - low) * rng.random() for low, high in self.ranges)
         count = min(round(tone * self.sample_rate), self.samples)
         onset = int(rng.integers(0, self.samples - count + 1))
-        label = index % 10
         low = 10 ** (level / 20)
         high = low * 10 ** (twist / 20)
         time = np.arange(count, dtype=np.float32)
         pair = np.zeros((count,), np.float32)
-        for amplitude, hertz in zip((low, high), DTMF_HZ[label]):
+        for amplitude, hertz in zip((low, high), DTMF_HZ[index % 10]):
             phase = rng.random() * 2 * math.pi
             step = np.float32(2 * math.pi * hertz / self.sample_rate)
             pair += np.float32(amplitude) * np.sin(step * time + np.float32(phase))
@@ -79,7 +88,7 @@ class Dtmf:
         audio = rng.standard_normal(self.samples, dtype=np.float32)
         audio *= np.float32(noise)
         audio[onset : onset + count] += pair
-        return {"audio": np.clip(audio, -1.0, 1.0, out=audio), "label": label}
+        return np.clip(audio, -1.0, 1.0, out=audio)
 
 
 class AudioFolder:
