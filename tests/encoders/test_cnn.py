@@ -50,8 +50,8 @@ def test_published_sizes(encoder, published, tokens):
     "options",
     [
         dict(norm="batch", bottleneck=True),
-        dict(norm="batch", stem="small"),
-        dict(norm="group"),
+        pytest.param(dict(norm="batch", stem="small"), marks=pytest.mark.slow),
+        pytest.param(dict(norm="group"), marks=pytest.mark.slow),
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -61,7 +61,7 @@ def test_resnet_equals_torch(options):
     assert torch_cnn.resnet(**options) < 1e-4
 
 
-@pytest.mark.parametrize("norm", ["none", "batch"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("none", marks=pytest.mark.slow)])
 def test_vgg_equals_torch(norm):
     pytest.importorskip("torch")
     assert torch_cnn.vgg(norm) < 1e-4
@@ -69,23 +69,6 @@ def test_vgg_equals_torch(norm):
 
 def variables(encoder, images, seed=1):
     return jax.jit(lambda key: encoder.init(key, images, train=False))(jax.random.key(seed))
-
-
-def test_batch_statistics_are_those_of_the_global_batch():
-    encoder = ResNet(image_size=(6, 6), stages=(1, 1), widths=(8, 16), norm="batch")
-    # Rows of unequal brightness: the statistics of a device's own rows would be others.
-    images = jax.random.normal(jax.random.key(0), (16, 6, 6, 1)) * jnp.linspace(0.1, 3, 16)[:, None, None, None]
-    given = variables(encoder, images)
-    run = jax.jit(lambda v, x: encoder.apply(v, x, train=True, mutable=["batch_stats"]))
-    (alone, _), wanted = run(given, images)
-    mesh = sharding.make_mesh({"data": 8})
-    with sharding.use_mesh(mesh):
-        (spread, _), found = run(given, jax.device_put(images, sharding.batch_sharding(mesh)))
-    assert len(spread.sharding.device_set) == 8
-    np.testing.assert_allclose(spread, alone, atol=1e-5)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-    assert all(jnp.abs(leaf).max() > 0 for path, leaf in tree.flatten(found).items() if path.endswith("mean"))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -105,12 +88,13 @@ def test_training_moves_the_averages_and_evaluation_uses_them(accumulate):
     images = jax.random.normal(jax.random.key(0), (16, 1, 6, 6, 1)) * jnp.linspace(1, 4, 16).reshape(-1, 1, 1, 1, 1) + 2
     batch = {"inputs": {"image": images}, "label": jnp.arange(16) % 3}
     alone, _ = jax.jit(train_step)(state, batch)
-    mesh = sharding.make_mesh({"data": 8})
-    with sharding.use_mesh(mesh):
-        spread, _ = jax.jit(train_step)(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
     averages = tree.flatten(alone.variables)
-    for path, leaf in tree.flatten(spread.variables).items():
-        np.testing.assert_allclose(leaf, averages[path], atol=1e-5, err_msg=path)
+    if accumulate == 1:  # rows of unequal brightness: the statistics of a device's own rows would be others
+        mesh = sharding.make_mesh({"data": 8})
+        with sharding.use_mesh(mesh):
+            spread, _ = jax.jit(train_step)(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        for path, leaf in tree.flatten(spread.variables).items():
+            np.testing.assert_allclose(leaf, averages[path], atol=1e-5, err_msg=path)
 
     # The stem's averages by hand, a tenth of the way for each micro-batch.
     kernel, wanted = state.params["encoders_image"]["conv_stem"]["kernel"], np.zeros(8)
@@ -126,17 +110,19 @@ def test_training_moves_the_averages_and_evaluation_uses_them(accumulate):
     assert abs(float(evaluate(alone.variables) - evaluate(state.variables))) > 1e-2
 
 
-def test_the_first_blocks_are_the_identity():
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_the_blocks_are_the_identity_at_first(norm):
     """The last scale of each block starts at zero."""
-    encoder = ResNet(image_size=(6, 6), stages=(2,), widths=(8,))
+    encoder = ResNet(image_size=(6, 6), stages=(5,), widths=(8,), norm=norm)
     images = jax.random.normal(jax.random.key(0), (2, 6, 6, 1))
     given = variables(encoder, images)
-    features, _ = encoder.apply(given, images, train=False)
-    longer = ResNet(image_size=(6, 6), stages=(5,), widths=(8,))
-    stem = {name: given["params"][name] for name in ("conv_stem", "norm_stem")}
-    more = variables(longer, images)["params"] | stem
-    np.testing.assert_allclose(longer.apply({"params": more}, images, train=False)[0], features, atol=1e-6)
-    assert float(features.std()) > 0.1
+    features = jax.jit(lambda v, x: encoder.apply(v, x, train=False)[0])
+    x = features(given, images)
+    for path, leaf in tree.flatten(given["params"]).items():
+        if path.startswith("conv_0_"):
+            given["params"][path.split("/")[0]]["kernel"] = 7 * leaf
+    np.testing.assert_array_equal(features(given, images), x)
+    assert float(x.std()) > 0.1
 
 
 @pytest.mark.parametrize("encoder", [VGG(stages=(1, 1)), ResNet(stages=(1, 1))], ids=["vgg", "resnet"])

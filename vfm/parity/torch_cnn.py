@@ -179,8 +179,8 @@ def compare(ours: VGG | ResNet, seed: int = 0) -> float:
 
 
 def resnet(norm: str = "batch", bottleneck: bool = False, stem: str = "large") -> float:
-    """A small ResNet on images with an odd side."""
-    fields = dict(image_size=(33, 26), channels=3, stages=(1, 2), widths=(8, 16), groups=4, num_classes=5)
+    """A small ResNet on feature maps with odd and even sides."""
+    fields = dict(image_size=(31, 26), channels=3, stages=(1, 2), widths=(8, 16), groups=4, num_classes=5)
     return compare(ResNet(**fields, norm=norm, bottleneck=bottleneck, stem=stem))
 
 
