@@ -1,6 +1,6 @@
 """Which pairs of modalities must be seen together, so that all share one space? Three modalities, aligned by contrast.
 
-Every item shows a number of three digits, as an image, a sound or a text. Encoders are trained from scratch to tell the
+Every item shows a number of two digits, as an image, a sound or a text. Encoders are trained from scratch to tell the
 items of a pair from those of other rows (InfoNCE, CLIP). The schemes differ in which modalities are paired in training:
 
   all pairs      each with each: three paired sets of data
@@ -8,12 +8,10 @@ items of a pair from those of other rows (InfoNCE, CLIP). The schemes differ in 
                  third pair is never trained, and what it can do is emergent
   A-B alone      one set: what training on that very pair gives
   shuffled       a control of each centre: in one of its two sets the partners are drawn at random
-  fusion         one Transformer reads both items and says whether they match (survey section 1.3, fusion encoders): all
-                 three sets, and every candidate costs a pass through the model
 
-Retrieval: an item of one modality asks, and the items of another that show the numbers that no training row showed are
-ranked; recall@1 is the share whose own number is first. Variations of one scheme show what the size of the batch, the
-temperature, the loss, and the amount of paired data do.
+Retrieval: an item of one modality asks, and the test items of another are ranked; recall@1 is the share whose first one
+shows the same number. Chance is 0.01. What is never paired is marked by *. Variations of one scheme show what the size
+of the batch, the temperature, the loss, and the amount of paired data do.
 
 Probes: a linear classifier on the pooled features of the trained encoder, for the digit at each place; the same for the
 encoder before training, and for as many principal components of the raw items.

@@ -180,7 +180,7 @@ class Experiment:
         if overrides:
             overrides["opened"] = self.dataset(split).sources
         own = ("length", "workers", "skip_corrupt", "dir")  # fields of the run, not of the dataset
-        cfg = {key: value for key, value in self.config.data.items() if key not in own}
+        cfg = {key: value for key, value in self.config.data.items() if key not in (*own, *overrides)}
         found = data.build(
             cfg,
             split,

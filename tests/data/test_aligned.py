@@ -58,6 +58,10 @@ def test_training_never_shows_what_is_held_out_and_the_others_show_it_once():
     held_out = [int(row[0]) for row in asked]
     assert len(held_out) == len(set(held_out)) == 30 and not seen & set(held_out) and len(seen) == 70
     assert len(dataset("test")) == 100 and len(dataset("test", held_out=0.3, gallery=7)) == 7
+    twice = dataset("test", gallery=7, repeats=2)
+    first, again = twice.example(3, rng()), twice.example(10, rng())
+    assert len(twice) == 14 and first["label"][0] == again["label"][0]
+    assert not np.array_equal(first["inputs"]["audio"], again["inputs"]["audio"])
 
 
 def test_a_row_is_a_pure_function_of_its_index_and_the_amount_of_data_is_the_size():

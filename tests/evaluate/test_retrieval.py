@@ -59,7 +59,7 @@ def config(**changes):
     c.mesh.data = 1
     c.data.update(compose=1, held_out=0.0, size=300)
     c.data.augment = {}
-    c.data.sources.audio.update(duration=0.384)
+    c.data.sources.audio.update(duration=0.256)
     c.model.encoders.image.update(image_size=(8, 8))
     c.eval.retrieval = {"probe_examples": 200, "classes": contrastive.WORDS, "templates": ("{}", "{} "), "neighbours": 3}
     for name in c.model.encoders:

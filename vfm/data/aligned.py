@@ -85,7 +85,8 @@ class Composed(_Rows):
     stand along the width of images [H, W, C] and along the first axis of other items. size: pairs of the training
     split, of each kind; what they show, and with which single items, is drawn once: a pair of modalities learns from
     `size` sets of data. held_out: share of all strings that training never shows; the other splits show only these
-    (0: all strings, in all splits), each once, in items of their own split; gallery: at most so many of them (0: all).
+    (0: all strings, in all splits), in items of their own split, each string `repeats` times; gallery: at most so many
+    strings (0: all).
     shuffled: pairs whose two items show strings that have nothing to do with each other in training, as a control.
     augment: see `Labelled`.
     Raises UserError for sources that do not fit, unknown pairs, and texts that are too long.
@@ -102,6 +103,7 @@ class Composed(_Rows):
         size: int = 10_000,
         held_out: float = 0.0,
         gallery: int = 0,
+        repeats: int = 1,
         shuffled: tuple[str, ...] = (),
         augment: Mapping[str, Mapping[str, float]] | None = None,
         *,
@@ -112,13 +114,14 @@ class Composed(_Rows):
         opened: Mapping | None = None,
     ):
         super().__init__(pairs, layout, "dataset 'composed'")
-        if compose < 1 or size < 1 or not 0 <= held_out < 1 or gallery < 0:
+        if min(compose, size, repeats) < 1 or not 0 <= held_out < 1 or gallery < 0:
             raise UserError(
-                f"{self.where}: compose={compose} and size={size} must be at least 1, held_out={held_out} a share, and "
-                f"gallery={gallery} at least 0"
+                f"{self.where}: compose={compose}, size={size} and repeats={repeats} must be at least 1, "
+                f"held_out={held_out} a share, and gallery={gallery} at least 0"
             )
         self.train = split == "train" if train is None else train
         self.words, self.tokenizer, self.compose, self.size = tuple(words), tokenizer, compose, size
+        self.repeats = repeats
         named = {name for pair in self.pairs for name in pair}
         missing = named - {"text", *sources}
         if missing:
@@ -173,19 +176,20 @@ class Composed(_Rows):
         return " ".join(self.words[label] for label in self.digits(string))
 
     def __len__(self) -> int:
-        return self.size if self.train else len(self.strings)
+        return self.size if self.train else len(self.strings) * self.repeats
 
     def example(self, index: int, rng: np.random.Generator) -> dict:
         """Row `index`; random changes of its items are drawn from `rng`."""
         row = self.zeros()
         for k, (pair, places) in enumerate(zip(self.pairs, self.slots)):
             fixed = np.random.default_rng((index, k, self.train))
-            string = int(self.strings[fixed.integers(len(self.strings)) if self.train else index])
+            place = fixed.integers(len(self.strings)) if self.train else index % len(self.strings)
+            string = int(self.strings[place])
             row["label"][k] = string
-            for i, (name, place) in enumerate(zip(pair, places)):
+            for i, (name, slot) in enumerate(zip(pair, places)):
                 if i and self.train and self.shuffled[k]:
                     string = int(self.strings[fixed.integers(len(self.strings))])
-                row["inputs"][name][place] = self.item(name, string, fixed, rng)
+                row["inputs"][name][slot] = self.item(name, string, fixed, rng)
         return row
 
     def item(self, name: str, string: int, fixed: np.random.Generator, rng: np.random.Generator) -> np.ndarray:

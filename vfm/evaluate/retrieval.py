@@ -85,9 +85,9 @@ def retrieval(experiment, params, variables, split: str, limit: int | None) -> E
       zero_shot_{A}       with `classes`: share of items whose label is that of the nearest class; a class is
                           the mean of the embeddings of its name in all `templates`
       probe_{A}, probe_random_{A}, probe_pca_{A}, knn_{A}    with `probe_examples`: accuracy of a linear probe on the
-                          pooled features for the classes that an item shows, mean over their places; the same for the
-                          untrained model, and for so many principal components of the raw items; and of the vote of the
-                          nearest embeddings
+                          pooled features for the classes that an item shows, mean over their places, trained on
+                          unchanged items; the same for the untrained model, and for so many principal components of
+                          the raw items; and of the vote of the nearest embeddings
 
     Options in config.eval.retrieval: k, classes, templates, neighbours (of knn), probe_examples (of the training split;
     0: no probes), picture ("pca", "umap": of the shared space, in the report; umap-learn must be installed), maps (so
@@ -173,7 +173,7 @@ def probes(experiment, params, variables, chosen, read, evaluated, test) -> dict
     from sklearn.decomposition import PCA
     from sklearn.neighbors import KNeighborsClassifier
 
-    dataset, tested = experiment.dataset("train"), len(next(iter(test["label"].values())))
+    dataset, tested = experiment.dataset("train", augment={}), len(next(iter(test["label"].values())))
     rows = min(chosen["probe_examples"], len(dataset))
     untrained = experiment.init_state()
     train = read(params, variables, dataset, rows)
