@@ -26,10 +26,10 @@ from configs import common, digits
 
 # What learns in each stage; the tasks that it trains on, and its steps.
 STAGES = {
-    "align": (r"input_projectors_image/.*", ("image->text",), 600),
-    "tune": (r"(input_projectors_(image|audio)|backbone)/.*", ("image->text", "audio->text"), 600),
-    "decode": (r"(output_projectors_(image|audio)/.*|signals_.*)", ("text->image", "text->audio"), 1200),
-    "any": (r"((in|out)put_projectors_(image|audio)/.*|signals_.*|backbone/.*)", (*digits.TASKS, "text->audio"), 1200),
+    "align": (r"input_projectors_image/.*", ("image->text",), 400),
+    "tune": (r"(input_projectors_(image|audio)|backbone)/.*", ("image->text", "audio->text"), 400),
+    "decode": (r"(output_projectors_(image|audio)/.*|signals_.*)", ("text->image", "text->audio"), 400),
+    "any": (r"((in|out)put_projectors_(image|audio)/.*|signals_.*|backbone/.*)", (*digits.TASKS, "text->audio"), 400),
 }
 
 
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.title = "Digits in stages: sounds first, then images"
     c.data.update(tasks=("audio->text",), weights=())
     c.optimizer.frozen = ()
-    c.train.steps = 1500
+    c.train.steps = 500
     if arg == "smoke":
         c.train.steps = 6
     if arg in STAGES:

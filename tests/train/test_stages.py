@@ -139,6 +139,12 @@ def begun(**changes):
     return tree.flatten(random.params), tree.flatten(state.params), record
 
 
+def refused(**changes):
+    """The same, which ends before any parameter is touched."""
+    e = Experiment(config(**changes), jax.devices()[:1])
+    stages.begin(e, e.abstract_state)
+
+
 def test_rows_say_what_is_loaded_from_where(started):
     folder, theirs, _ = started
     rows = (
@@ -163,16 +169,23 @@ def test_rows_say_what_is_loaded_from_where(started):
     assert "at their random start: decoders_text, encoders_text, input_projectors_image" in rest
 
 
-def test_a_folder_of_published_weights_under_one_block(started, tmp_path):
-    """Ours in the library's format, placed under a model whose other blocks stay random."""
-    _, _, e = started
-    published = type(e.model)(
+@pytest.fixture(scope="module")
+def published(started, tmp_path_factory):
+    """A folder in the library's format with the text blocks of a model, and their parameters."""
+    folder, (_, average, e) = tmp_path_factory.mktemp("published"), started
+    alone = type(e.model)(
         "text", {"text": e.model.encoders["text"]}, {}, e.model.backbone, {}, {"text": e.model.decoders["text"]}
     )
-    params = {name: branch for name, branch in e.init_state().params.items() if not name.endswith("image")}
-    huggingface.save(str(tmp_path), published, {"params": params})
+    params = tree.unflatten({path: leaf for path, leaf in average.items() if "_image/" not in path})
+    huggingface.save(str(folder), alone, {"params": params})
+    return folder, params
+
+
+def test_a_folder_of_published_weights_under_one_block(published):
+    """Placed under a model whose other blocks stay random."""
+    folder, params = published
     rows = ((r"backbone/(.*)", r"backbone/\1"), r"(en|de)coders_text/.*")
-    random, found, record = begun(**{"init.path": str(tmp_path), "init.match": rows, "seed": 7})
+    random, found, record = begun(**{"init.path": str(folder), "init.match": rows, "seed": 7})
     for path, leaf in tree.flatten(params).items():
         np.testing.assert_array_equal(found[path], leaf)
     assert set(record["random"]) == {path for path in found if path.split("/")[0].endswith("image")}
@@ -218,21 +231,18 @@ def test_what_is_not_there_is_refused(started, tmp_path):
             {"init.path": folder, "model.backbone.mlp_dim": 40},
             r"does not fit the model: ema/backbone/.*/mlp/down/.*\[2,32,16\] in the checkpoint, .*\[2,40,16\]",
         ),
+        # The same number of ids, of which each stands for another byte.
+        ({"init.path": folder, "tokenizer.special": tiny.SPECIAL[:-1]}, r"id 5 is b'' in .*, and b'\\x00' in config"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message) as error:
-            begun(**changes)
+            refused(**changes)
         assert "\n" not in str(error.value)
 
 
-def test_what_published_weights_do_not_have_is_refused(started, tmp_path):
-    _, _, e = started
-    published = type(e.model)(
-        "text", {"text": e.model.encoders["text"]}, {}, e.model.backbone, {}, {"text": e.model.decoders["text"]}
-    )
-    params = {name: branch for name, branch in e.init_state().params.items() if not name.endswith("image")}
-    huggingface.save(str(tmp_path), published, {"params": params})
+def test_what_published_weights_do_not_have_is_refused(published):
+    folder = str(published[0])
     with pytest.raises(UserError, match="has no parameter 'encoders_image/.*; (did you mean|it has backbone)"):
-        begun(**{"init.path": str(tmp_path)})
+        refused(**{"init.path": folder})
     with pytest.raises(UserError, match=r"backbone/.* has shape \(2, 40, 16\), but backbone/.* has \(2, 32, 16\)"):
-        begun(**{"init.path": str(tmp_path), "init.match": ("backbone/.*",), "model.backbone.mlp_dim": 40})
+        refused(**{"init.path": folder, "init.match": ("backbone/.*",), "model.backbone.mlp_dim": 40})

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vfm import tree
+from vfm import tokenizers, tree
 from vfm.errors import UserError, unknown
 from vfm.interop import huggingface
 from vfm.report import write_json
@@ -92,9 +92,8 @@ def begin(experiment, state) -> tuple[Any, dict[str, Any]]:
     config, abstract = experiment.config, experiment.abstract_state
     leaves: dict[tuple[str, str], Any] = {}
     record: dict[str, Any] = {"loaded": {}, "random": []}
-    places = experiment.initial
-    for folder in dict.fromkeys(item.folder for item in places):
-        items = [item for item in places if item.folder == folder]
+    for folder in dict.fromkeys(item.folder for item in experiment.initial):
+        items = [item for item in experiment.initial if item.folder == folder]
         shapes = [_leaf(abstract, item) for item in items]
         found, name = _read(folder, items, shapes, experiment)
         for item, leaf in zip(items, found, strict=True):
@@ -110,9 +109,8 @@ def begin(experiment, state) -> tuple[Any, dict[str, Any]]:
         variables = {name: replaced(name, branch) for name, branch in state.variables.items()}
         more = getattr(experiment.loss_fn, "variables", None)
         if more is not None:
-            own = jax.eval_shape(more, params)
-            places = {name: experiment.shardings.variables[name] for name in own}
-            variables |= jax.jit(more, out_shardings=places)(params)
+            shardings = {name: experiment.shardings.variables[name] for name in jax.eval_shape(more, params)}
+            variables |= jax.jit(more, out_shardings=shardings)(params)
         # A copy: the average must not share its buffer with parameters that are donated.
         average = jax.tree.map(jnp.copy, params) if jax.tree.leaves(state.ema) else state.ema
         state = state.replace(params=params, variables=variables, ema=average)
@@ -144,7 +142,7 @@ def _read(folder: str, items: list[Wanted], shapes: list, experiment) -> tuple[l
     """The leaves in the shapes, dtypes and shardings asked for, and the name of their source."""
     path = pathlib.Path(folder).expanduser()
     if (path / "checkpoints").is_dir():
-        found, name = _read_run(path, items, shapes, experiment.config.init.get("checkpoint", "latest"))
+        found, name = _read_run(path, items, shapes, experiment)
     elif (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         _, variables = huggingface.load(str(path), mesh=experiment.mesh, rules=experiment.rules)
         found, name = {name: tree.flatten(branch) for name, branch in variables.items()}, str(path)
@@ -174,15 +172,18 @@ def _read(folder: str, items: list[Wanted], shapes: list, experiment) -> tuple[l
     return leaves, name
 
 
-def _read_run(path: pathlib.Path, items: list[Wanted], shapes: list, checkpoint: str):
+def _read_run(path: pathlib.Path, items: list[Wanted], shapes: list, experiment):
     """({collection: {path: array}}, name) of a run: of its average where it keeps one, as in its evaluation."""
+    checkpoint = experiment.config.init.get("checkpoint", "latest")
     try:
         config = json.loads((path / "config.json").read_bytes())
-        averaged = bool(config["train"]["ema"])
+        tokenizer, averaged = dict(config["tokenizer"]), bool(config["train"]["ema"])
         best = {"best_metric": config["checkpoint"]["best_metric"] or None}
         best["best_mode"] = config["checkpoint"]["best_mode"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"config.init: {path / 'config.json'} is not the config of a run") from None
+    if any(item.path.startswith(("encoders_text/", "decoders_text/")) for item in items):
+        _check_tokenizer(path, tokenizer, experiment.tokenizer)
     branch = "ema" if averaged else "params"
     place = lambda item: (
         f"{branch}/{item.theirs}" if item.collection == "params" else (f"variables/{item.collection}/{item.theirs}")
@@ -196,6 +197,21 @@ def _read_run(path: pathlib.Path, items: list[Wanted], shapes: list, checkpoint:
     for item in items:
         found.setdefault(item.collection, {})[item.theirs] = restored[place(item)]
     return found, f"{path}, step {step}"
+
+
+def _check_tokenizer(path: pathlib.Path, cfg: Mapping[str, Any], ours) -> None:
+    """Refuses tables of tokens whose ids mean something else here. One whose files are gone cannot be compared."""
+    try:
+        theirs = tokenizers.load(path / "tokenizer") if (path / "tokenizer").is_dir() else tokenizers.build(cfg)
+    except UserError:
+        return
+    for i in range(min(ours.vocab_size, theirs.vocab_size)):
+        if ours.decode_bytes([i]) != theirs.decode_bytes([i]):
+            raise UserError(
+                f"config.init: id {i} is {theirs.decode_bytes([i])!r} in {path}, and {ours.decode_bytes([i])!r} in "
+                "config.tokenizer; use the same tokenizer (one that was trained: config.tokenizer.name=file, "
+                f"config.tokenizer.path={path / 'tokenizer'})"
+            )
 
 
 # ------------------------------------------------------------------------------------ frozen parameters
