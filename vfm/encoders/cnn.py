@@ -1,8 +1,4 @@
-"""Convolutional image encoders: VGG and ResNet.
-
-Both give the places of their last feature map as tokens, rows first. On CPU XLA's convolutions are faster with
-XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type= (empty).
-"""
+"""Convolutional image encoders, VGG and ResNet: the places of the last feature map are the tokens, rows first."""
 
 import flax.linen as nn
 import jax
