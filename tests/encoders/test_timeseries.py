@@ -52,7 +52,7 @@ def moved(a, b):
 @mixing
 @pytest.mark.parametrize("stride", (None, 4))
 def test_patches_are_cut_along_time(mix, stride):
-    model, params, run = built(mix_channels=mix, stride=stride, window=1, normalise=False)
+    model, params, run = built(mix_channels=mix, stride=stride, window=1)
     P = 8 if stride is None else 15
     assert model.num_tokens == (P if mix else C * P)
     x = series()
@@ -78,7 +78,7 @@ def test_channels_share_weights_and_have_their_own_embedding():
 @pytest.mark.parametrize("gap", (slice(32, 40), slice(35, 38)), ids=("whole_patch", "part_of_a_patch"))
 def test_a_gap_does_not_reach_beyond_its_receptive_field(gap):
     """Patch 4 is concerned; two layers with a window of 2 carry that two patches far."""
-    _, params, run = built(window=2, depth=2, normalise=False)
+    _, params, run = built(window=2, depth=2)
     whole = series()
     holed = whole.copy()
     holed[:, gap] = np.nan
@@ -123,8 +123,17 @@ def test_missing_values_are_never_seen_in_outputs_or_gradients(mix, normalise):
     assert bool((out["pooled"][2] == 0).all())
 
 
+def test_a_patch_without_values_is_seen_by_no_other():
+    _, params, run = built()
+    x = series()
+    x[:, 2 * PATCH : 3 * PATCH] = np.nan
+    probe = series(1, (B, T // PATCH, 16))
+    slope = jax.jit(jax.grad(lambda params: (run(params, x)[0] * probe).sum()))(params)["positions"]
+    np.testing.assert_array_equal(np.flatnonzero((slope == 0).all(axis=1)), [2])
+
+
 def test_the_model_knows_missing_values_from_zeros():
-    _, params, run = built(normalise=False)
+    _, params, run = built()
     x = series()
     zeros, holes = x.copy(), x.copy()
     zeros[:, 10:12], holes[:, 10:12] = 0, np.nan
@@ -132,7 +141,7 @@ def test_the_model_knows_missing_values_from_zeros():
 
 
 def test_normalisation_is_over_the_values_that_are_there():
-    _, params, run = built()
+    _, params, run = built(normalise=True)
     x = series()
     x[0, 5:30, 1] = np.nan
     y, out = run(params, x)
@@ -140,7 +149,7 @@ def test_normalisation_is_over_the_values_that_are_there():
     np.testing.assert_allclose(out["std"], np.nanstd(x, axis=1), atol=1e-4)
     scale, shift = np.array([3.0, 0.5, 40.0], np.float32), np.array([-7.0, 0.0, 300.0], np.float32)
     np.testing.assert_allclose(run(params, x * scale + shift)[0], y, atol=2e-3)
-    _, raw_params, raw = built(normalise=False)
+    _, raw_params, raw = built()
     assert float(jnp.abs(raw(raw_params, x + 1)[0] - raw(raw_params, x)[0]).max()) > 0.1
 
 
@@ -202,7 +211,7 @@ def test_a_series_that_is_generated_has_no_missing_values():
 @pytest.mark.parametrize("mix", (True, pytest.param(False, marks=pytest.mark.slow)), ids=("mixed", "per_channel"))
 def test_it_learns_which_frequency_a_series_with_gaps_has(mix):
     """Sines of three frequencies, of any phase, scale and level, with two fifths of the values missing."""
-    model = TimeSeries(length=T, channels=2, patch_length=PATCH, width=32, mlp_dim=64, mix_channels=mix)
+    model = TimeSeries(length=T, channels=2, patch_length=PATCH, mlp_dim=64, mix_channels=mix, normalise=True)
 
     def draw(rng, size):
         label = rng.integers(3, size=size)

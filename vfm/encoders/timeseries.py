@@ -25,7 +25,7 @@ class TimeSeries(nn.Module):
         and differ by a learned embedding; then P is C times as large, first all patches of channel 0.
       window: a patch sees only the patches fewer than `window` places away; None: all
       normalise: each channel of an item is shifted and scaled to mean 0 and variance 1 over its present values, as the
-        first half of RevIN (Kim et al. 2022, eq. 2); what this takes away is in `out`.
+        first half of RevIN (Kim et al. 2022, eq. 2). Its level and scale are then not in the features, but in `out`.
 
     Args of the call: present: bool[B, T, C], False where a value is to be missing too, such as in masked training.
 
@@ -39,7 +39,7 @@ class TimeSeries(nn.Module):
     stride: int | None = None
     mix_channels: bool = True
     window: int | None = None
-    normalise: bool = True
+    normalise: bool = False
     width: int = 32
     depth: int = 2
     num_heads: int = 2
