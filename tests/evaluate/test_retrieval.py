@@ -57,7 +57,7 @@ def test_geometry_by_hand():
 def config(**changes):
     c = contrastive.get_config("smoke")
     c.mesh.data = 1
-    c.data.update(compose=1, held_out=0.0, size=300)
+    c.data.update(compose=1, repeats=1, size=300)
     c.data.augment = {}
     c.data.sources.audio.update(duration=0.256)
     c.model.encoders.image.update(image_size=(8, 8))
