@@ -10,7 +10,7 @@ import pytest
 from vfm import sharding, tree
 from vfm.encoders import ViT
 from vfm.errors import UserError
-from vfm.layers.positions import rotary_2d, rotate, sinusoidal, sinusoidal_2d
+from vfm.layers.positions import resize_positions, rotary_2d, rotate, sinusoidal, sinusoidal_2d
 from vfm.layers.transformer import Transformer
 
 SIZE, PATCH, WIDTH = (6, 8), 2, 16
@@ -184,22 +184,41 @@ def test_sinusoidal_positions_are_those_of_mae():
     np.testing.assert_allclose(out["input"][0], theirs.reshape(37, 24), atol=2e-5)
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rope"])
-def test_any_size(positions):
-    fixed, params, images = build(positions=positions, pooling="class", num_registers=1)
-    free = fixed.clone(any_size=True)
-    np.testing.assert_array_equal(apply(free, params, images)[0], apply(fixed, params, images)[0])
+def test_any_size():
     wide = jax.random.normal(jax.random.key(1), (2, 6, 12, 1))
+    for positions in ("sinusoidal", "rope"):
+        model, params, _ = build(positions=positions, pooling="class", num_registers=1, any_size=True)
+        y, out = jax.eval_shape(lambda p, m=model: m.apply({"params": p}, wide, train=False), params)
+        assert y.shape == (2, 18, 16) and out["input"].shape == (2, 20, 16)
+    fixed, params, images = build(pooling="class", num_registers=1)
+    free = fixed.clone(any_size=True)
+    same = jax.jit(lambda p: [m.apply({"params": p}, images, train=False)[0] for m in (free, fixed)])(params)
+    np.testing.assert_array_equal(*same)
     y, out = apply(free, params, wide)
-    assert y.shape == (2, 18, 16) and out["input"].shape == (2, 20, 16)
-    y = apply(free.clone(interpolation="bilinear"), params, wide)[0]
-    assert (positions == "learned") == bool(jnp.abs(y - apply(free, params, wide)[0]).max() > 1e-4)
+    # The same as a model of that size whose table of positions is the resized one.
+    own, table = fixed.clone(image_size=(6, 12)), resize_positions(params["positions"], (4, 4), (3, 6))
+    np.testing.assert_allclose(apply(own, {**params, "positions": table}, wide)[0], y, atol=1e-5)
     with pytest.raises(UserError, match=r"ViT takes items of shape \(8, 8, 1\), not \(6, 12, 1\)"):
         apply(fixed, params, wide)
     with pytest.raises(UserError, match=r"patch_size=2 does not divide the size of the image=\(6, 11\)"):
         apply(free, params, wide[:, :, :11])
     with pytest.raises(UserError, match=r"not \(8, 8, 2\)"):
         apply(free, params, jnp.ones((2, 8, 8, 2)))
+
+
+def test_resized_positions():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(2 + 12, 5)), jnp.float32)
+    for interpolation in ("bicubic", "bilinear"):
+        np.testing.assert_allclose(resize_positions(table, (3, 4), (3, 4), interpolation), table, atol=1e-6)
+        # Constants stay, and with straight lines so do slopes away from the edges.
+        flat = resize_positions(jnp.ones((12, 1)), (3, 4), (5, 9), interpolation)
+        np.testing.assert_allclose(flat, 1, atol=1e-6)
+    slope = jnp.tile(jnp.arange(8.0), 2)[:, None]
+    found = resize_positions(slope, (2, 8), (2, 16), "bilinear").reshape(2, 16)[0, 4:12]
+    np.testing.assert_allclose(found, (np.arange(4, 12) + 0.5) / 2 - 0.5, atol=1e-5)
+    both = [resize_positions(table, (3, 4), (6, 5), name) for name in ("bicubic", "bilinear")]
+    assert both[0].shape == (2 + 30, 5) and float(jnp.abs(both[0] - both[1]).max()) > 1e-2
+    np.testing.assert_array_equal(both[0][:2], table[:2])
 
 
 def test_patch_dropout_takes_patches_out_in_training_only():

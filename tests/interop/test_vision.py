@@ -120,7 +120,7 @@ def test_clip(loaded, name):
 
 
 @fixtures
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", [CLIPS[0], pytest.param(CLIPS[1], marks=pytest.mark.slow)])
 def test_towers_of_clip(loaded, name):
     """Each tower alone, and batches of different sizes in the two."""
     model, variables, io, run = loaded(name)
@@ -144,7 +144,7 @@ def test_towers_of_clip(loaded, name):
 
 
 @fixtures
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "clip" else pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == NAMES[1] else pytest.mark.slow) for n in NAMES])
 def test_gradient_norm(loaded, name):
     model, variables, io, _ = loaded(name)
     inputs, labels = items(io, "basic", model), io.get("basic/in/labels")
@@ -187,7 +187,7 @@ def test_load_save_load(loaded, name, tmp_path):
 
 
 # The others are slow tests, and all are in `experiments.certify`.
-QUICK = ("vit, oblong, relu", "clip, largest id", "siglip, texts of another width")
+QUICK = ("vit, oblong, relu", "siglip, texts of another width")
 
 
 @pytest.mark.parametrize(
