@@ -30,6 +30,7 @@ def base() -> ConfigDict:
                 "schedule": {"name": "cosine", "warmup_steps": 100},
                 "clip_norm": 1.0,
                 "weight_decay": 0.01,
+                "frozen": (),
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "distributed": {

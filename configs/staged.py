@@ -38,7 +38,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c = digits.get_config("smoke" if arg == "smoke" else "")
     c.title = "Digits in stages: sounds first, then images"
     c.data.update(tasks=("audio->text",), weights=())
-    c.optimizer.frozen = ()
     c.train.steps = 500
     if arg == "smoke":
         c.train.steps = 6

@@ -110,6 +110,18 @@ def test_what_to_do_with_a_run_may_change(tmp_path):
     assert "(eval.limit was 3, is 4)" in refused(tmp_path, c)
 
 
+def test_fields_that_load_and_freeze_nothing_are_as_if_they_were_not_there(tmp_path):
+    """So that runs and records from before there were such fields stay what they are."""
+    silent = {"init": {"path": "", "checkpoint": "latest", "match": ()}, "optimizer": {"frozen": ()}}
+    c = ConfigDict({**CONFIG, **silent})
+    assert workdir.identity(c) == workdir.identity(config())
+    assert workdir.differences(config(), c) == []
+    said = c.copy_and_resolve_references()
+    said.init.path, said.optimizer.frozen = "elsewhere", ("backbone/.*",)
+    told = workdir.differences(config(), said)
+    assert [line.split()[0] for line in told] == ["init.checkpoint", "init.match", "init.path", "optimizer.frozen"]
+
+
 def test_other_processes_do_not_write(tmp_path):
     assert prepare(tmp_path / "a", write=False) == tmp_path / "a"
     assert list((tmp_path / "a").iterdir()) == []

@@ -31,11 +31,16 @@ def plain(config: Any) -> Any:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """The fields of `flat` that say what a run is: all but those of FREE, and an `init` that loads nothing."""
-    init = config.get("init", {})
-    free = (*FREE, *(() if init.get("path") or init.get("match") else ("init",)))
+    """The fields of `flat` that say what a run is: without those of FREE, an `init` that loads nothing, and a
+    `frozen` that freezes nothing."""
+    fields = flat(config)
+    free = list(FREE)
+    if not (fields.get("init.path") or fields.get("init.match")):
+        free.append("init")
+    if not fields.get("optimizer.frozen"):
+        free.append("optimizer.frozen")
     is_free = lambda key: any(f"{key}.".startswith(f"{name}.") for name in free)
-    return {key: value for key, value in flat(config).items() if not is_free(key)}
+    return {key: value for key, value in fields.items() if not is_free(key)}
 
 
 def differences(old: Any, new: Any) -> list[str]:
