@@ -18,7 +18,6 @@ from vfm.errors import UserError
 from vfm.tokenizers.byte import ByteTokenizer
 
 B, T, C, PATCH = 4, 64, 3, 8
-mixing = pytest.mark.parametrize("mix", (True, False), ids=("mixed", "per_channel"))
 fields = pytest.mark.parametrize("mix, normalise", ((True, True), (False, False)), ids=("mixed", "per_channel_raw"))
 
 
@@ -49,8 +48,7 @@ def moved(a, b):
     return np.flatnonzero((np.asarray(a) != np.asarray(b)).any(axis=(0, 2))).tolist()
 
 
-@mixing
-@pytest.mark.parametrize("stride", (None, 4))
+@pytest.mark.parametrize("mix, stride", ((True, None), (False, 4)), ids=("mixed", "per_channel"))
 def test_patches_are_cut_along_time(mix, stride):
     model, params, run = built(mix_channels=mix, stride=stride, window=1)
     P = 8 if stride is None else 15
@@ -67,7 +65,7 @@ def test_patches_are_cut_along_time(mix, stride):
 
 
 def test_channels_share_weights_and_have_their_own_embedding():
-    _, params, run = built(mix_channels=False)
+    _, params, run = built(mix_channels=False, normalise=False)
     alike = {**params, "channel_table": 0 * params["channel_table"]}
     x = np.tile(series()[:, :, :1], (1, 1, C))
     y, z = (run(p, x)[0].reshape(B, C, -1, 16) for p in (params, alike))
@@ -141,7 +139,7 @@ def test_the_model_knows_missing_values_from_zeros():
 
 
 def test_normalisation_is_over_the_values_that_are_there():
-    _, params, run = built(normalise=True)
+    _, params, run = built(mix_channels=True, normalise=True)
     x = series()
     x[0, 5:30, 1] = np.nan
     y, out = run(params, x)
