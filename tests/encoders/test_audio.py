@@ -82,7 +82,14 @@ def test_one_field_of_a_config_changes_the_route(arg):
 
 
 def test_strides_of_the_waveform():
-    assert [conv_strides(n) for n in (512, 320, 160, 7, 22, 1)] == [(8, 8, 8), (8, 8, 5), (8, 5, 4), (7,), (2, 11), ()]
+    assert [conv_strides(n) for n in (512, 320, 160, 7, 22, 1)] == [
+        (8, 8, 8),
+        (8, 8, 5),
+        (8, 5, 4),
+        (7,),
+        (2, 11),
+        (1,),
+    ]
 
 
 @pytest.mark.skipif(not FUNCTIONS.exists(), reason="no reference files")
@@ -164,6 +171,7 @@ def test_masks_in_training_only(name):
         (AudioTransformer(num_samples=1000, frames=8), "num_samples=1000 is shorter than one token of .* 1024 samples"),
         (AudioTransformer(num_samples=1000, stem="patches"), "unknown stem 'patches'.*waveform"),
         (AudioTransformer(num_samples=1000, positions="rope"), "unknown positions 'rope'"),
+        (AudioTransformer(num_samples=1000, positions="sinusoidal", width=33), "need an even width, not 33"),
         (AudioTransformer(num_samples=1000, mask_time=1.5), "mask_time=1.5 must be a share"),
         (AST(num_samples=100), "num_samples=100 is shorter than a window of 200 samples"),
         (AST(num_samples=1000, patch_size=16), "a patch of 16 does not fit into 32 bins × 11 frames"),

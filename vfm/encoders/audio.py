@@ -32,6 +32,8 @@ WHISPER = dict(
 
 def sinusoids(length: int, width: int) -> np.ndarray:
     """Whisper's fixed positions float32[length, D]: all sines, then all cosines; wavelengths from 2π to 10,000 · 2π."""
+    if width % 2:
+        raise UserError(f"sinusoidal positions of sounds need an even width, not {width}")
     frequency = 10_000.0 ** -np.linspace(0, 1, width // 2)
     angle = np.arange(length)[:, None] * frequency[None]
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
@@ -45,7 +47,7 @@ def conv_strides(total: int) -> tuple[int, ...]:
         factor = factor or next(k for k in range(9, total + 1) if total % k == 0)
         found.append(factor)
         total //= factor
-    return tuple(found)
+    return tuple(found) or (1,)
 
 
 class AudioTransformer(nn.Module):
