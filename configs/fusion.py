@@ -3,11 +3,11 @@
 The task is an exclusive or of the two: is the digit of the image odd and that of the word even, or the other way round?
 Neither says anything of the answer alone.
 
-    configs/fusion.py             concatenated self-attention: text and patches are one sequence (VL-BERT)
+    configs/fusion.py             concatenated self-attention: the image's features and the text are one sequence
     configs/fusion.py:cross       cross-attention: the text asks, the image answers
     configs/fusion.py:image_only  the first without the text: at chance
     configs/fusion.py:text_only   the first without the image: at chance
-    configs/fusion.py:pretrain    the first, trained on masked tokens, masked patches, and matching of image and word
+    configs/fusion.py:pretrain    the first, trained on masked letters, masked places, and matching of image and word
     configs/fusion.py:smoke       a few steps of pretrain
 
 `label_accuracy` is that of the task on held-out images; with pretrain, of the question whether image and word match.
@@ -20,7 +20,7 @@ from configs.digits import WORDS
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<mask>")
 VOCABULARY = 256 + len(SPECIAL)
-PATCHES = 4
+SLOTS = 4  # of an image: the places of its last feature map
 WORD = 2 + max(map(len, WORDS))  # with <bos> and <eos>
 
 
@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective = {"name": "classification"}
     c.data = {
         "name": "parity",
-        "length": PATCHES + WORD,
+        "length": SLOTS + WORD,
         "sources": {"image": {"name": "digits"}},
         "words": WORDS,
         "inputs": ("image", "text"),
@@ -42,12 +42,12 @@ def get_config(arg: str = "") -> ConfigDict:
         "decoder_length": 0,
         **common.DATA,
     }
-    c.train.update(steps=1500, batch_size=64)
+    c.train.update(steps=600, batch_size=64, ema=0.99)
     c.optimizer.update(learning_rate=1e-3, weight_decay=0.05)
-    c.eval.update(every=500, batch_size=128)
+    c.eval.update(every=300, batch_size=128)
     if arg == "cross":
         c.model.backbone.name = "cross_encoder"
-        c.data.update(length=PATCHES, decoder_length=WORD)
+        c.data.update(length=SLOTS, decoder_length=WORD)
     if arg in ("image_only", "text_only"):
         c.data.shown = (arg.removesuffix("_only"),)
     if arg in ("pretrain", "smoke"):
@@ -67,20 +67,26 @@ def model(width: int = 64) -> dict:
         "centre": "text",
         "encoders": {
             "text": {"name": "text", "vocab_size": VOCABULARY, "width": width},
-            "image": {"name": "vit", "image_size": (8, 8), "patch_size": 4, **stack},
+            "image": {
+                "name": "vgg",
+                "image_size": (8, 8),
+                "stages": (2, 2),
+                "widths": (width // 2, width),
+                "norm": "group",
+            },
         },
         "input_projectors": {"image": {"name": "linear", "width": width}},
-        "backbone": {"name": "encoder_only", "max_len": PATCHES + WORD, "norm_position": "pre", **stack},
+        "backbone": {"name": "encoder_only", "max_len": SLOTS + WORD, "norm_position": "pre", **stack},
         "output_projectors": {},
         "decoders": {"label": {"name": "classifier", "pooling": "first", "num_classes": 2}},
     }
 
 
 def pretrain(c: ConfigDict) -> None:
-    """VL-BERT's way: masked tokens and masked patches are predicted, and whether image and word belong together."""
+    """Masked letters, masked places of the image (VL-BERT), and whether image and word belong together."""
     c.title = "Fusion encoder: pretraining on images and words"
     c.model.decoders.text = {"name": "text", "vocab_size": VOCABULARY}
-    c.model.output_projectors.image = {"name": "linear", "width": c.model.encoders.image.width}
+    c.model.output_projectors.image = {"name": "linear", "width": c.model.backbone.width}
     c.objective = {"name": "fusion", "text": 1.0, "region": 1.0, "matching": 1.0}
     del c.data.shown
     c.data.update(name="matching", mismatched=0.5, text_rate=0.15, unit="token", mask="<mask>", region_rate=0.15)
