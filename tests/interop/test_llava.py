@@ -63,6 +63,7 @@ def test_forward(loaded, case):
 
 
 @fixture
+@pytest.mark.slow
 def test_gradient(loaded):
     model, variables, io, _ = loaded
     call, given = arguments(io, "basic")

@@ -15,6 +15,7 @@ from vfm.errors import UserError
 from vfm.experiment import Experiment
 from vfm.interop import huggingface
 from vfm.train import stages
+from vfm.train.checkpoint import Checkpointer
 
 ALIGN = r"(?!input_projectors_image/).*"  # all but the projector
 TUNE = r"(?!input_projectors_image/|backbone/).*"
@@ -54,10 +55,13 @@ def parameters(e, folder):
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """The folder of a run from which the others start, its parameters' average, and its experiment."""
-    folder = tmp_path_factory.mktemp("start")
-    results, e = train(folder)
-    assert "parameters_frozen" not in results and not (folder / stages.RECORD).exists()
-    return folder, parameters(e, folder)[1], e
+    e = Experiment(config(), jax.devices()[:1])
+    folder = run_lib.prepare(str(tmp_path_factory.mktemp("start")), e.config, write=True)
+    state = e.init_state()
+    average = jax.tree.map(lambda leaf: 1.5 * leaf, state.params)
+    with Checkpointer(folder / "checkpoints") as checkpointer:
+        checkpointer.save(2, state.replace(ema=average), {}, wait=True)
+    return folder, tree.flatten(average), e
 
 
 def blocks(before, after):
@@ -192,8 +196,10 @@ def test_a_folder_of_published_weights_under_one_block(published):
     assert blocks(random, found) == {"backbone", "encoders_text", "decoders_text"}
 
 
-def test_without_a_section_or_a_path_nothing_is_loaded():
+def test_without_a_path_nothing_is_loaded(tmp_path):
     random, found, record = begun()
+    stages.write(tmp_path, record)
+    assert not any(tmp_path.iterdir()) and stages.read(tmp_path) == {}
     assert all(found[path] is leaf for path, leaf in random.items())
     assert record == {"loaded": {}, "random": list(random)} and stages.tell(record) == []
 
