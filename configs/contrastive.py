@@ -40,16 +40,16 @@ def get_config(arg: str = "") -> ConfigDict:
         "words": WORDS,
         "pairs": PAIRS,
         "compose": DIGITS,
-        "size": 20_000,
+        "size": 5000,
         "held_out": 0.0,
         "repeats": 2,
         "shuffled": (),
         "augment": {},
         **common.DATA,
     }
-    c.train.update(steps=500, batch_size=128)
+    c.train.update(steps=300, batch_size=128)
     c.optimizer.update(learning_rate=3e-3, weight_decay=0.05)
-    c.optimizer.schedule.warmup_steps = 50
+    c.optimizer.schedule.warmup_steps = 30
     c.eval.update(every=0, evaluators=("retrieval",), batch_size=200)
     c.eval.retrieval = {"k": (1, 5, 10), "probe_examples": 2000}
     c.checkpoint.best_metric = ""

@@ -60,8 +60,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "temperature at least 0.07": {"model.alignment.max_scale": 1 / 0.07},
     "sigmoid loss": {"objective.loss": "sigmoid", "model.alignment.temperature": 0.1, "model.alignment.bias": -10.0},
     "momentum 0.99, queue 1024": {"objective.momentum": 0.99, "objective.queue": 1024},
-    "1/10 of the pairs": {"data.size": 2000},
-    "1/40 of the pairs": {"data.size": 500},
+    "1/10 of the pairs": {"data.size": 500},
+    "1/40 of the pairs": {"data.size": 125},
 }
 VARIED = {f"{BASE}, {name}": {**SCHEMES[BASE], **NO_PROBES, **changes} for name, changes in VARIATIONS.items()}
 ALL = {**SCHEMES, **VARIED}
