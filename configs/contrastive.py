@@ -72,7 +72,7 @@ def model(image_size, stages, widths, num_samples, n_fft, frames, depth=2) -> di
     backbone = {name: value for name, value in stack.items() if name != "width"}
     return {
         "dtype": "float32",
-        "alignment": {"temperature": 0.07, "max_scale": 100.0, "bias": None},
+        "alignment": {"temperature": 0.07, "max_scale": 100.0},
         "encoders": {
             "image": {
                 "name": "vgg",

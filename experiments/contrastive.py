@@ -58,7 +58,10 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "batch 512": {"train.batch_size": 512},
     "temperature at least 0.2": {"model.alignment.temperature": 0.2, "model.alignment.max_scale": 5.0},
     "temperature at least 0.07": {"model.alignment.max_scale": 1 / 0.07},
-    "sigmoid loss": {"objective.loss": "sigmoid", "model.alignment.temperature": 0.1, "model.alignment.bias": -10.0},
+    "sigmoid loss": {
+        "objective.loss": "sigmoid",
+        "model.alignment": {"temperature": 0.1, "max_scale": 100.0, "bias": -10.0},
+    },
     "momentum 0.99, queue 1024": {"objective.momentum": 0.99, "objective.queue": 1024},
     "1/10 of the pairs": {"data.size": 500},
     "1/40 of the pairs": {"data.size": 125},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vfm import model as model_lib
-from vfm import tree
+from vfm import tree, wiring
 from vfm.backbones import DecoderOnly
 from vfm.decoders import TextDecoder
 from vfm.encoders import TextEncoder
@@ -185,7 +185,7 @@ def test_a_text_model_is_its_blocks_one_after_the_other_bit_for_bit(tied):
     encoder, backbone = TextEncoder(V, D), DecoderOnly(width=D, depth=2, mlp_dim=16)
     decoder = TextDecoder(V, tied)
     model = model_lib.VFM("text", {"text": encoder}, {}, backbone, {}, {"text": decoder})
-    model_lib.check(model)
+    wiring.check(model)
     variables = jax.jit(lambda key: model_lib.init(model, key, T))(jax.random.key(0))
     params = variables["params"]
     assert set(params) == {"encoders_text", "backbone"} | (set() if tied else {"decoders_text"})

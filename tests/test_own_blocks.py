@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from vfm import model as model_lib
+from vfm import blocks
 from vfm.data.sources import build_source
 from vfm.encoders import ENCODERS
 from vfm.errors import UserError
@@ -81,7 +81,7 @@ def modules(tmp_path, monkeypatch):
 
 
 def encoder(name, **fields):
-    return model_lib.build_block(ENCODERS, {"name": name, **fields}, "model.encoders.x")
+    return blocks.build_block(ENCODERS, {"name": name, **fields}, "model.encoders.x")
 
 
 def test_a_class_of_another_module_is_built_with_its_fields():

@@ -1,10 +1,7 @@
 """The five blocks wired into one model: encoder -> input projector -> backbone -> output projector -> decoder."""
 
-import dataclasses
 import inspect
 import math
-import types
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,15 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from vfm.backbones import BACKBONES
-from vfm.data.construct import lookup, plain
+from vfm.blocks import TABLES, build_block
 from vfm.data.interleave import Layout, Modality
-from vfm.decoders import DECODERS
-from vfm.encoders import ENCODERS
 from vfm.errors import UserError, unknown
-from vfm.input_projectors import INPUT_PROJECTORS
-from vfm.output_projectors import OUTPUT_PROJECTORS
 from vfm.sharding import constrain
+from vfm.wiring import check, labels, modalities, num_signals, reads_two
 
 # Arguments that go to the backbone as they are, where it has them.
 BACKBONE_INPUTS = (
@@ -286,36 +279,6 @@ def _slots(starts, count, T):
     return jnp.where(starts[:, :, None] < 0, T, index).reshape(starts.shape[0], -1)
 
 
-def labels(model: VFM) -> tuple[str, ...]:
-    """The names of the decoders that give one class for a whole sequence, sorted."""
-    return tuple(sorted(name for name, block in model.decoders.items() if getattr(block, "whole_sequence", False)))
-
-
-def modalities(model: VFM) -> tuple[str, ...]:
-    """The modalities that the model knows, sorted, but for text that is tokens of the sequence; labels are none."""
-    known = {*model.encoders, *model.decoders, *model.output_projectors}
-    return tuple(sorted(known - ({*labels(model)} if text_is_item(model) else {"text", *labels(model)})))
-
-
-def text_is_item(model: VFM) -> bool:
-    """Whether a whole text is an item like those of other modalities, not tokens of the sequence."""
-    return "text" in model.encoders and bool(model.encoders["text"].item_shape)
-
-
-def reads_two(backbone: nn.Module) -> bool:
-    """Whether a backbone reads two sequences: what `inputs` and `tokens` give, and `decoder_tokens`."""
-    return "decoder_x" in inspect.signature(type(backbone).__call__).parameters
-
-
-def num_signals(model: VFM, name: str) -> int:
-    """Sequence slots from which an item of a modality is generated; 0: the model cannot generate it."""
-    projector, decoder = model.output_projectors.get(name), model.decoders.get(name)
-    if projector is None and (name != model.centre or decoder is None):
-        return 0
-    own = getattr(projector, "num_signals", None)
-    return own or (decoder.num_tokens if decoder is not None else model.encoders[name].num_tokens)
-
-
 def layout(model: VFM, length: int, items: int = 1) -> Layout:
     """What the data layer must know: sequence length, and shape and slots of every modality but text."""
     table = {}
@@ -360,22 +323,6 @@ def init(model: VFM, key: jax.Array, length: int) -> dict[str, Any]:
     return model.init(key, **batch, train=False)
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-TABLES = {
-    "encoders": ENCODERS,
-    "input_projectors": INPUT_PROJECTORS,
-    "backbone": BACKBONES,
-    "output_projectors": OUTPUT_PROJECTORS,
-    "decoders": DECODERS,
-}
-# What a block of each kind must declare; the docstring of its package says what it means.
-DECLARED = {
-    "encoders": ("item_shape", "num_tokens", "width"),
-    "input_projectors": ("width", "in_width", "num_tokens"),
-    "backbone": ("width", "kind"),
-    "output_projectors": ("width", "in_width", "num_tokens"),
-    "decoders": ("in_width", "num_tokens", "item_shape"),
-}
 _KINDS = tuple((kind, table) for kind, table in TABLES.items() if kind != "backbone")
 
 
@@ -408,7 +355,7 @@ def build(cfg: Mapping[str, Any]) -> VFM:
             }
         )
     backbone = cfg.pop("backbone", None)
-    backbone = None if alone else build_block(BACKBONES, backbone, "model.backbone", dtype)
+    backbone = None if alone else build_block(TABLES["backbone"], backbone, "model.backbone", dtype)
     if cfg:
         known = ["centre", "dtype", "backbone", "alignment", *(k for k, _ in _KINDS)]
         raise unknown("field", next(iter(cfg)), known, "model")
@@ -437,218 +384,3 @@ def _alignment(cfg: Mapping[str, Any]) -> FrozenDict:
             raise UserError(f"model.alignment.{field}={value} must be more than 0")
         found[field] = value
     return FrozenDict(found)
-
-
-def build_block(table: Mapping[str, type], cfg: Mapping[str, Any], where: str, dtype: str = "float32") -> nn.Module:
-    """table[cfg.name](**rest of cfg); `UserError` names the known blocks or fields.
-
-    The name may be that of a class in a module of the user's own, see `lookup`.
-    """
-    fields = {field: _frozen(plain(value)) for field, value in cfg.items()}
-    name = fields.pop("name", None)
-    block = lookup("block", table, name, where)
-    if name not in table:
-        _check_own(table, block, where)
-    known = [f for f in block.__dataclass_fields__ if f not in ("parent", "name")]
-    for field in fields:
-        if field not in known:
-            raise unknown("field", field, known, where)
-    for field in known:
-        declared = block.__dataclass_fields__[field]
-        if field not in fields and declared.default is declared.default_factory is dataclasses.MISSING:
-            raise UserError(f"{where} needs the field {field!r}")
-    fields = {**({"dtype": dtype} if "dtype" in known else {}), **fields}
-    if fields.get("dtype", dtype) not in DTYPES:
-        raise unknown("dtype", fields["dtype"], DTYPES, where)
-    for field, value in fields.items():
-        declared = block.__dataclass_fields__[field]
-        kind = declared.type
-        an_id = field.endswith("_id") and type(value) is int and value == 0  # ids begin at 0, sizes and counts at 1
-        if value != declared.default and not an_id and not _fits(value, kind):
-            what = {int: "a whole number > 0", float: "a number", str: "a string", bool: "true or false"}.get(
-                kind, kind
-            )
-            raise UserError(f"{where}.{field}={value!r} must be {what}")
-        if field == "dropout" and not 0 <= value < 1:
-            raise UserError(f"{where}.dropout={value} must be a share, from 0 to less than 1")
-    return block(**fields)
-
-
-def _check_own(table: Mapping[str, type], block: Any, where: str) -> None:
-    """Refuses what the user's own module gives for a block and is none of this kind."""
-    kind, name = next(kind for kind, known in TABLES.items() if known is table), block.__name__
-    if not (isinstance(block, type) and issubclass(block, nn.Module)):
-        raise UserError(f"{where}: {name} must be a class of flax.linen.Module")
-    missing = [f for f in DECLARED[kind] if f not in block.__dataclass_fields__ and not hasattr(block, f)]
-    if missing:
-        raise UserError(
-            f"{where}: {name} declares no {' and no '.join(missing)}; a block of model.{kind} has "
-            f"{', '.join(DECLARED[kind])}"
-        )
-    if "train" not in inspect.signature(block.__call__).parameters:
-        raise UserError(f"{where}: {name}.__call__ must take the keyword argument train (true in training)")
-
-
-def _frozen(value: Any) -> Any:
-    """Nested mappings as hashable ones, since modules are static arguments of jit."""
-    return FrozenDict(value) if isinstance(value, Mapping) else value
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of the type of a block's field. Whole numbers are sizes and counts, hence positive."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return any(_fits(value, choice) for choice in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, tuple | list):
-            return False
-        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        return len(value) == len(kinds) and all(map(_fits, value, kinds))
-    if kind is Mapping:
-        return isinstance(value, Mapping)
-    if kind is int:
-        return type(value) is int and value > 0
-    if kind is float:
-        return type(value) in (int, float)
-    return not isinstance(kind, type) or isinstance(value, kind)
-
-
-def fit(giver, gives, taker, takes, what="width") -> None:
-    if gives is not None and takes is not None and gives != takes:
-        raise UserError(f"model: {giver} gives {what} {gives}, but {taker} takes {what} {takes}")
-
-
-def _projected(model: VFM, name: str) -> tuple[str, int]:
-    """The last block before the shared space of a modality, and the width that it gives."""
-    encoder, projector = model.encoders[name], model.input_projectors.get(name)
-    giver = f"encoders.{name} ({type(encoder).__name__})"
-    if projector is None:
-        return giver, encoder.width
-    taker = f"input_projectors.{name} ({type(projector).__name__})"
-    fit(giver, encoder.width, taker, projector.in_width)
-    return taker, projector.width
-
-
-def _check_read(model: VFM) -> None:
-    for name in model.input_projectors:
-        if name not in model.encoders:
-            raise UserError(f"model: input_projectors.{name} has no encoder; add model.encoders.{name}")
-
-
-def _check_aligned(model: VFM) -> None:
-    """Refuses a model without a backbone whose embeddings do not have one width, or with blocks that need one."""
-    _check_read(model)
-    classes = labels(model)
-    for kind in ("decoders", "output_projectors"):
-        for name in sorted(set(getattr(model, kind)) - set(classes)):
-            raise UserError(f"model.{kind}.{name} needs a backbone; a model without one has encoders and labels only")
-    for name in classes:
-        if model.centre not in model.encoders:
-            raise UserError(
-                f"model.centre={model.centre!r} is no encoder; without a backbone decoders.{name} reads its features"
-            )
-        giver = f"encoders.{model.centre} ({type(model.encoders[model.centre]).__name__})"
-        block = model.decoders[name]
-        fit(giver, model.encoders[model.centre].width, f"decoders.{name} ({type(block).__name__})", block.in_width)
-    for name, encoder in model.encoders.items():
-        if not encoder.item_shape:
-            raise UserError(
-                f"model.encoders.{name} ({type(encoder).__name__}) reads one token; without a backbone it must read "
-                "whole items: for text, 'text_transformer'"
-            )
-    if model.alignment is None:
-        for name in model.input_projectors:
-            raise UserError(f"model.input_projectors.{name} leads nowhere: there is no backbone and no model.alignment")
-        return
-    (first, width), *others = (_projected(model, name) for name in model.encoders)
-    for other, gives in others:
-        if gives != width:
-            raise UserError(f"model: the shared space has one width, but {first} gives {width} and {other} {gives}")
-
-
-def check(model: VFM) -> None:
-    """Refuses a chain of blocks that does not fit: `UserError` with both blocks and both sizes."""
-    if model.backbone is None:
-        return _check_aligned(model)
-    if model.centre not in {*model.encoders, *model.decoders}:
-        raise UserError(
-            f"model.centre={model.centre!r} has neither an encoder nor a decoder; modalities: "
-            f"{', '.join(sorted({*model.encoders, *model.decoders}))}"
-        )
-
-    width = model.backbone.width
-    for name in model.encoders:
-        fit(*_projected(model, name), f"backbone ({type(model.backbone).__name__})", width)
-        if getattr(model.encoders[name], "patch_dropout", 0) and not getattr(
-            model.input_projectors.get(name), "num_tokens", None
-        ):
-            raise UserError(
-                f"model.encoders.{name}.patch_dropout would leave slots of the backbone's sequence empty; take an "
-                "input projector that gives a number of features of its own, such as 'resampler', or no patch_dropout"
-            )
-    classes = labels(model)
-    for name in classes:
-        block = model.decoders[name]
-        backbone = f"backbone ({type(model.backbone).__name__})"
-        fit(backbone, width, f"decoders.{name} ({type(block).__name__})", block.in_width)
-    items = (*model.output_projectors, *(n for n in model.decoders if n not in model.output_projectors))
-    for name in (name for name in items if name not in classes):
-        projector, decoder, encoder = (g.get(name) for g in (model.output_projectors, model.decoders, model.encoders))
-        giver, gives, tokens = f"backbone ({type(model.backbone).__name__})", width, None
-        if projector is not None:
-            taker = f"output_projectors.{name} ({type(projector).__name__})"
-            fit(giver, gives, taker, projector.in_width)
-            giver, gives, tokens = taker, projector.width, projector.num_tokens
-        elif name != model.centre:
-            raise UserError(
-                f"model: decoders.{name} has no output projector, and {name} is not the centre "
-                f"({model.centre}); add model.output_projectors.{name}"
-            )
-        if decoder is None and encoder is None:
-            raise UserError(
-                f"model: {giver} has neither decoders.{name}, to generate items, nor encoders.{name}, to "
-                "regress to its features; add one of them"
-            )
-        if decoder is not None:
-            taker = f"decoders.{name} ({type(decoder).__name__})"
-            fit(giver, gives, taker, decoder.in_width)
-            fit(giver, tokens, taker, decoder.num_tokens, "number of features")
-        if encoder is not None and name != "text":
-            # The projector regresses to the encoder's features, and the decoder takes both.
-            taker = f"encoders.{name} ({type(encoder).__name__}), its regression target,"
-            fit(giver, gives, taker, encoder.width)
-            fit(giver, tokens, taker, encoder.num_tokens, "number of features")
-            if decoder is not None:
-                fit(
-                    f"encoders.{name} ({type(encoder).__name__})",
-                    encoder.num_tokens,
-                    f"decoders.{name} ({type(decoder).__name__})",
-                    decoder.num_tokens,
-                    "number of features",
-                )
-                fit(
-                    f"decoders.{name} ({type(decoder).__name__})",
-                    tuple(decoder.item_shape or ()),
-                    f"encoders.{name} ({type(encoder).__name__})",
-                    tuple(encoder.item_shape),
-                    "items of shape",
-                )
-    _check_read(model)
-    tied = getattr(model.decoders.get("text"), "tied", False)
-    if tied and "text" not in model.encoders:
-        raise UserError("model: decoders.text is tied, but there is no encoders.text to share a table with")
-    if tied and not model.output_projectors.get("text"):
-        fit(
-            f"backbone ({type(model.backbone).__name__})",
-            width,
-            "encoders.text, tied to decoders.text,",
-            model.encoders["text"].width,
-        )
-    if "text" in model.decoders and "text" in model.encoders and not tied:
-        fit(
-            "encoders.text",
-            model.encoders["text"].vocab_size,
-            "decoders.text",
-            model.decoders["text"].vocab_size,
-            "a vocabulary of",
-        )

@@ -61,7 +61,12 @@ def config(**changes):
     c.data.augment = {}
     c.data.sources.audio.update(duration=0.256)
     c.model.encoders.image.update(image_size=(8, 8))
-    c.eval.retrieval = {"probe_examples": 200, "classes": contrastive.WORDS, "templates": ("{}", "{} "), "neighbours": 3}
+    c.eval.retrieval = {
+        "probe_examples": 200,
+        "classes": contrastive.WORDS,
+        "templates": ("{}", "{} "),
+        "neighbours": 3,
+    }
     for name in c.model.encoders:
         depth = c.model.encoders[name].get("backbone", c.model.encoders[name])
         depth.depth = 1

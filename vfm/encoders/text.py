@@ -83,7 +83,7 @@ class TextTransformer(nn.Module):
         return self.length
 
     def setup(self):
-        from vfm.model import build_block  # only here: it imports all encoders
+        from vfm.blocks import build_block  # only here: it imports all encoders
 
         if self.pooling not in POOLINGS:
             raise unknown("pooling", self.pooling, POOLINGS, "model.encoders.text")

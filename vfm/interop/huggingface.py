@@ -12,6 +12,7 @@ import numpy as np
 
 from vfm import model as model_lib
 from vfm import sharding, tree
+from vfm.blocks import TABLES, build_block
 from vfm.errors import UserError, unknown
 from vfm.interop import audio, bart, bert, clip, gpt, llama, llava, t5, vit
 from vfm.interop.weights import Family, Tensor
@@ -148,7 +149,7 @@ def _override(cfg: dict[str, Any], fields: Mapping[str, Any]) -> None:
     blocks = [cfg["backbone"]] if cfg.get("backbone") else list(cfg["encoders"].values())
     if not cfg.get("backbone"):
         blocks += [block["backbone"] for block in blocks if "backbone" in block]
-    tables = {**model_lib.ENCODERS, **model_lib.BACKBONES}
+    tables = {**TABLES["encoders"], **TABLES["backbone"]}
     for field, value in fields.items():
         known = [block for block in blocks if field in tables[block["name"]].__dataclass_fields__]
         if not known:
@@ -165,7 +166,7 @@ def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(model: VFM) -> dict[str, Any]:
     """All fields of all blocks, as `config.model` with nothing left to defaults: what the weight maps read."""
-    tables = {kind: {cls: name for name, cls in table.items()} for kind, table in model_lib.TABLES.items()}
+    tables = {kind: {cls: name for name, cls in table.items()} for kind, table in TABLES.items()}
 
     def fields(kind, block):
         own = block.__dataclass_fields__
@@ -195,7 +196,7 @@ def describe(model: VFM) -> dict[str, Any]:
     for name, block in found["encoders"].items():
         if block["name"] == "text_transformer":
             cfg = {"max_len": block["length"], **block["backbone"], "width": block["width"]}
-            block["backbone"] = backbone(model_lib.build_block(model_lib.BACKBONES, cfg, name, block["dtype"]))
+            block["backbone"] = backbone(build_block(TABLES["backbone"], cfg, name, block["dtype"]))
     return found
 
 
