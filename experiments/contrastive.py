@@ -47,6 +47,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "all pairs": _pairs(*PAIRS),
     **{f"centre {name}": _pairs(*_with(name)) for name in MODALITIES},
     **{f"{pair} alone": {**_pairs(pair), **NO_PROBES} for pair in PAIRS},
+    "all pairs, 4 x the pairs, 2 x the steps": {**_pairs(*PAIRS), "data.size": 20_000, "train.steps": 600},
     **{
         f"centre {name}, shuffled": {**_pairs(*_with(name)), **NO_PROBES, "data.shuffled": _with(name)[1:]}
         for name in MODALITIES
