@@ -87,6 +87,7 @@ def pretrain(c: ConfigDict) -> None:
     c.title = "Fusion encoder: pretraining on images and words"
     c.model.decoders.text = {"name": "text", "vocab_size": VOCABULARY}
     c.model.output_projectors.image = {"name": "linear", "width": c.model.backbone.width}
+    c.train.steps = 1500
     c.objective = {"name": "fusion", "text": 1.0, "region": 1.0, "matching": 1.0}
     del c.data.shown
     c.data.update(name="matching", mismatched=0.5, text_rate=0.15, unit="token", mask="<mask>", region_rate=0.15)

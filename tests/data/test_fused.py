@@ -105,7 +105,7 @@ def test_rows_that_do_not_match_are_corrupted_as_well():
     for row in rows(dataset, 600):
         count[int(row["label"])].append([(row["tokens"] == MASK).sum(), row["masked"]["image"].sum()])
     for mean in (np.mean(count[0], axis=0), np.mean(count[1], axis=0)):
-        assert 1.2 < mean[0] < 2.0 and mean[1] == 2
+        assert 1.2 < mean[0] < 2.0 and 1.8 < mean[1] < 2.2
 
 
 def test_masked_slots():
@@ -115,7 +115,7 @@ def test_masked_slots():
         np.testing.assert_array_equal(row["region_mask"]["image"], row["masked"]["image"] * float(row["label"]))
         masks.append(row["masked"]["image"][0])
     assert masks[0].shape == (4,) and masks[0].dtype == bool and found[0]["region_mask"]["image"].dtype == np.float32
-    assert {1, 2} == {int(mask.sum()) for mask in masks}
+    assert {0, 1, 2, 3, 4} == {int(mask.sum()) for mask in masks}
     np.testing.assert_allclose(np.mean(masks, axis=0), 0.3, atol=0.06)
 
 

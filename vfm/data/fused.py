@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from vfm.data.corrupted import MaskedLM
-from vfm.data.corruption import stochastic_round
 from vfm.data.interleave import Input, Layout, Text, interleave
 from vfm.data.labelled import Labelled
 from vfm.errors import UserError, unknown
@@ -61,8 +60,8 @@ class Matching:
     sources, words, anchor, augment: see `Labelled`. inputs: what a row holds, in this order; "text" is the name of the
     class. Every row is about one item of the anchor. mismatched: share of the rows in which one of the other inputs is
     of another class; label int32[]: 1 where all match, 0 else. text_rate, unit, mask: the text is corrupted as by
-    `corrupted.MaskedLM`. region_rate: share of the slots of each item that is masked: `masked` {m: bool[N, slots]};
-    the first item of a modality is the row's. What was masked is to be predicted in rows that match alone
+    `corrupted.MaskedLM`. region_rate: each slot of an item is masked with this probability, `masked` {m: bool[N,
+    slots]}; the first item of a modality is the row's. What was masked is to be predicted in rows that match alone
     (`loss_mask`, and `region_mask` {m: float32[N, slots]}), for elsewhere the other modality tells nothing of it; rows
     that do not match are corrupted all the same, or the corruption would give them away. decoder_length: see `Fused`;
     the text alone can then be masked, for the items do not see it.
@@ -164,9 +163,7 @@ class Matching:
 
     def _regions(self, name: str, rng: np.random.Generator) -> np.ndarray:
         masked = _slots(self.items.layout, name, bool)
-        count = masked.shape[1]
-        chosen = min(stochastic_round(self.region_rate * count, rng), count)
-        masked[0, rng.choice(count, chosen, replace=False)] = True
+        masked[0] = rng.random(masked.shape[1]) < self.region_rate
         return masked
 
 
