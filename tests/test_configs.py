@@ -82,7 +82,10 @@ def test_an_unknown_variant_is_refused(file):
         load(file).get_config("smokee")
 
 
-@every_file
+# Stages are the digits with frozen parameters: tests/train/test_stages.py has them small.
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow) if f.stem == "staged" else f for f in FILES], ids=lambda f: f.stem
+)
 def test_the_smoke_size_runs_end_to_end(file, tmp_path):
     config = load(file).get_config("smoke")
     config.lock()

@@ -61,6 +61,7 @@ def my_digits(tmp_path):
     return module
 
 
+@pytest.mark.slow
 def test_a_modality_of_vectors_is_added_by_a_config(my_digits, tmp_path):
     config = my_digits.get_config("smoke")
     config.lock()

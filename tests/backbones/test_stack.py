@@ -26,7 +26,7 @@ def test_an_encoder_decoder_that_reads_one_sequence_sees_no_padding(preset):
     )
     tokens = jnp.asarray([[3, 4, 5, 6, 0, 0]])
     mask = tokens > 0
-    variables = model.init(jax.random.key(0), tokens, input_mask=mask, train=False)
+    variables = jax.jit(lambda key: model.init(key, tokens, input_mask=mask, train=False))(jax.random.key(0))
     run = jax.jit(lambda tokens, mask: model.apply(variables, tokens, input_mask=mask, train=False))
     logits, out = run(tokens, mask)
     expected, expected_out = run(tokens[:, :4], mask[:, :4])
@@ -41,8 +41,8 @@ def test_the_local_theta_is_that_of_all_layers_when_all_are_local():
 
     def output(**fields):
         model = DecoderOnly(**SMALL, positions="rope", window=3, **fields)
-        variables = model.init(jax.random.key(1), x, train=False)
-        return model.apply(variables, x, train=False)[0]
+        run = lambda key: model.apply(model.init(key, x, train=False), x, train=False)[0]
+        return jax.jit(run)(jax.random.key(1))
 
     np.testing.assert_array_equal(output(rope_theta=7.0), output(local_rope_theta=7.0, local_layers=(True,)))
     mixed = output(local_rope_theta=7.0, local_layers=(True, False))

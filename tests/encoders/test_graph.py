@@ -223,7 +223,8 @@ def test_wrong_fields_and_shapes_are_refused():
         built("transformer")[0].init(jax.random.key(0), item[..., :-1], train=False)
 
 
-@pytest.mark.parametrize("style", ("message_passing", pytest.param("transformer", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("style", ("message_passing", "transformer"))
 def test_it_learns_whether_two_nodes_are_connected(style):
     """Random graphs of 6 to 8 nodes, two of them marked, about as many connected as not."""
     N = 8

@@ -290,6 +290,7 @@ def test_unknown_fields_are_one_line(fields, message):
         ViT(**{**TINY, **fields}).init(jax.random.key(0), images, train=False)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_place_and_a_gradient():
     fields = {"num_registers": 2, "embedding_norm": True}
     model, params, images = build(pooling="map", **fields)

@@ -17,7 +17,7 @@ FIELDS = dict(num_experts=4, experts_per_token=2, mlp_dim=24)
 
 
 def parameters(model):
-    params = model.init(jax.random.key(1), X, train=False)["params"]
+    params = jax.jit(lambda key: model.init(key, X, train=False))(jax.random.key(1))["params"]
     # A router that prefers some experts, and that never chooses the last.
     params["router"]["kernel"] = params["router"]["kernel"] * jnp.asarray([[1, 3, 1, 0]])
     return params
@@ -27,11 +27,16 @@ def parameters(model):
 def test_against_a_loop_over_tokens(normalise):
     model = MoE(**FIELDS, normalise_weights=normalise)
     params = parameters(model)
-    found, logits = model.apply({"params": params}, X, train=False)
+    found, logits = jax.jit(lambda params: model.apply({"params": params}, X, train=False))(params)
+    found, logits, expert = (
+        np.asarray(found),
+        np.asarray(logits),
+        jax.tree.map(lambda p: np.asarray(p, np.float64), params),
+    )
     used = set()
     for b, t in np.ndindex(*X.shape[:2]):
         x = np.asarray(X[b, t], np.float64)
-        score = x @ np.asarray(params["router"]["kernel"], np.float64)
+        score = x @ expert["router"]["kernel"]
         np.testing.assert_allclose(logits[b, t], score, atol=1e-4)
         weight = np.exp(score - score.max())
         weight /= weight.sum()
@@ -39,7 +44,7 @@ def test_against_a_loop_over_tokens(normalise):
         used |= set(chosen.tolist())
         expected = np.zeros_like(x)
         for e in chosen:
-            up, gate, down = (np.asarray(params[f"experts_{name}"][e], np.float64) for name in ("up", "gate", "down"))
+            up, gate, down = (expert[f"experts_{name}"][e] for name in ("up", "gate", "down"))
             gated = x @ gate / (1 + np.exp(-(x @ gate)))
             share = weight[e] / weight[chosen].sum() if normalise else weight[e]
             expected += share * ((gated * (x @ up)) @ down)
@@ -52,7 +57,10 @@ def loss(params, x):
     return jnp.sin(y).sum() + load_balancing_loss(logits[None], 2) + router_z_loss(logits)
 
 
-@pytest.mark.parametrize("axes", [{"data": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "expert": 4}], ids=str)
+MESHES = [pytest.param({"data": 8}, marks=pytest.mark.slow), {"fsdp": 2, "tensor": 4}, {"data": 2, "expert": 4}]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_values_and_gradients_on_a_mesh(axes):
     params = parameters(MoE(**FIELDS))
     expected = jax.jit(jax.value_and_grad(loss))(params, X)
@@ -83,7 +91,7 @@ def test_losses_equal_the_reference_library():
     io = np.load(FIXTURE)
     logits = jnp.asarray(io["in/router_logits"]).reshape(2, 2, 9, 4)
     close = lambda found, name: np.testing.assert_allclose(found, io[f"out/{name}"], atol=1e-5, rtol=1e-5)
-    value, gradient = jax.value_and_grad(load_balancing_loss)(logits, 2)
+    value, gradient = jax.jit(jax.value_and_grad(load_balancing_loss), static_argnums=1)(logits, 2)
     close(value, "mixtral_aux")
     close(gradient.reshape(2, 18, 4), "grad_mixtral_aux")
     close(load_balancing_loss(logits, 2, jnp.asarray(io["in/mask"]) > 0), "mixtral_aux_masked")
