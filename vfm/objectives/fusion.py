@@ -19,8 +19,10 @@ def fusion(model, *, text: float = 1.0, region: float = 1.0, matching: float = 1
                 `region_mask`, as UNITER's feature regression
       matching  -log p(label): do item and text belong together, nats per row
 
-    The target ME(item) carries no gradient, for the encoder could otherwise give all items the same features. A slot is
-    masked behind the encoder: one that mixes the features of an item shows some of a masked slot in the others.
+    The target ME(item) carries no gradient, for the encoder could otherwise give all items the same features. One that
+    is trained along still tends to features that are easy to recover, unless another term needs them (matching
+    does) or it is frozen (`optimizer.frozen`; VL-BERT's and UNITER's come trained). A slot is masked behind the
+    encoder: one that mixes the features of an item shows some of a masked slot in the others.
     """
     where = "config.objective: fusion"
     for name, weight in {"text": text, "region": region, "matching": matching}.items():
