@@ -60,7 +60,7 @@ def config(**changes):
     c.data.update(compose=1, repeats=1, size=300)
     c.data.augment = {}
     c.data.sources.audio.update(duration=0.256)
-    c.model.encoders.image.update(image_size=(8, 8))
+    c.model.encoders.image = {"name": "vit", "image_size": (8, 8), "width": contrastive.WIDTH, "depth": 1}
     c.eval.retrieval = {
         "probe_examples": 200,
         "classes": contrastive.WORDS,
