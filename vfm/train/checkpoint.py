@@ -364,6 +364,7 @@ class Checkpointer:
     @contextlib.contextmanager
     def _storage(self, what: str):
         """Turns the errors of a file system into one line; lets all others pass."""
+        _ignore_closed_loops()  # before the first write: their threads are quicker than the error
         try:
             yield
         except UserError:
@@ -371,7 +372,6 @@ class Checkpointer:
         except Exception as error:
             if isinstance(error, OSError) or _STORAGE.search(str(error)):
                 found = _STORAGE.search(str(error))
-                _ignore_closed_loops()
                 reason = getattr(error, "strerror", None) or (found[0] if found else str(error))
                 raise UserError(f"the checkpoint {what} (in {self.directory}): {reason}") from error
             raise
@@ -380,11 +380,14 @@ class Checkpointer:
 def _ignore_closed_loops() -> None:
     """After a failed write the others beside it end on an event loop that orbax has closed, each with a traceback."""
     previous = sys.unraisablehook
+    if getattr(previous, "ignores_closed_loops", False):
+        return
 
     def hook(info):
         if not (isinstance(info.exc_value, RuntimeError) and "Event loop is closed" in str(info.exc_value)):
             previous(info)
 
+    hook.ignores_closed_loops = True
     sys.unraisablehook = hook
 
 
