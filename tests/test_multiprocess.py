@@ -191,6 +191,7 @@ def test_a_checkpoint_of_two_processes_continues_in_one(undisturbed, stopped, tm
     assert_same_curve(path, undisturbed, 1e-5, after=step)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_continues_in_two(undisturbed, tmp_path):
     path = alone(tmp_path / "one-then-two", stop=STOPPED)
     assert f"resuming at step {STOPPED} of 20" in finish(path)

@@ -287,7 +287,10 @@ def difference(a, b):
 MESHES = {"data": {"mesh.data": 8}, "fsdp": {"mesh.fsdp": 8}, "tensor": {"mesh.tensor": 8}, "cube": tiny.CUBE}
 
 
-@pytest.mark.parametrize("name", MESHES)
+# The cube has all three kinds of shards; each alone is a slow test.
+@pytest.mark.parametrize(
+    "name", [name if name == "cube" else pytest.param(name, marks=pytest.mark.slow) for name in MESHES]
+)
 def test_loss_curve_is_that_of_one_device(name):
     one, _ = trained(devices=1)
     found, state = trained(**MESHES[name])
@@ -312,7 +315,7 @@ def test_loss_curve_with_accumulation_is_that_of_the_whole_batch():
     assert difference(one, found) < 1e-4
 
 
-@pytest.mark.parametrize("policy", ["full", "dots_no_batch"])
+@pytest.mark.parametrize("policy", [pytest.param("full", marks=pytest.mark.slow), "dots_no_batch"])
 def test_rematerialisation_on_a_mesh_changes_nothing(policy):
     one, _ = trained(1, "text", 4)
     found, _ = trained(8, "text", 4, **tiny.CUBE, **{"model.backbone.remat": policy})

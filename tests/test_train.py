@@ -161,6 +161,7 @@ def test_stopped_many_times_ends_as_if_never_stopped(reference, tmp_path, capfd)
     assert_same_end(path, reference)
 
 
+@pytest.mark.slow
 def test_killed_many_times_ends_as_if_never_killed(reference, tmp_path):
     path = tmp_path / "killed"
     for event, most in (

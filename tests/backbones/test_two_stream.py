@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_told():
             TwoStream(**{"width": 16, **fields}).init(jax.random.key(0), x, **call, train=False)
 
 
-@pytest.mark.parametrize("types", [False, True])
+@pytest.mark.parametrize("types", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_equals_transformers(types):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

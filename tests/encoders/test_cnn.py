@@ -49,7 +49,7 @@ def test_published_sizes(encoder, published, tokens):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(norm="batch", bottleneck=True),
+        pytest.param(dict(norm="batch", bottleneck=True), marks=pytest.mark.slow),
         pytest.param(dict(norm="batch", stem="small"), marks=pytest.mark.slow),
         pytest.param(dict(norm="group"), marks=pytest.mark.slow),
     ],

@@ -24,8 +24,8 @@ def documents(count=30):
     return [{"text": f"{ANIMALS[i % 3]} {i:02}" + "x" * (i % 5), "label": ANIMALS[i % 3]} for i in range(count)]
 
 
-def experiment(folder, corruption="next_token", objective=(), **changes) -> Experiment:
-    """An experiment whose three splits are the same file; `objective`: more fields of the objective."""
+def experiment(folder, corruption="next_token", objective=(), whole=False, **changes) -> Experiment:
+    """An experiment whose splits are one file; `objective`: more of its fields; `whole`: no document is cut."""
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps(document) + "\n" for document in documents()))
     backbone, name = FAMILIES[corruption]
@@ -45,7 +45,6 @@ def experiment(folder, corruption="next_token", objective=(), **changes) -> Expe
         "name": "text",
         "length": LENGTH,
         "source": source,
-        "packing": "split",
         "corruption": {"name": corruption},
         **common.DATA,
     }
@@ -53,6 +52,8 @@ def experiment(folder, corruption="next_token", objective=(), **changes) -> Expe
     c.eval.continuation = {"length": 8, "share": 0.25, "examples": 12}
     c.eval.probe = {"length": 8, "features": ()}
     c.mesh.data = 1
+    if whole:
+        c.data.packing = "first_fit"
     c.lock()
     c.update_from_flattened_dict(changes)
     return Experiment(c, jax.devices()[:1])

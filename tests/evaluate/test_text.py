@@ -22,8 +22,7 @@ def quick_compilation():
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_bits_per_byte_against_one_document_after_the_other(tmp_path, smoothing):
     """What the objective smooths is no figure of merit."""
-    whole = {"data.packing": "first_fit"}  # no document is cut
-    experiment = families.experiment(tmp_path, objective={"label_smoothing": smoothing}, **whole)
+    experiment = families.experiment(tmp_path, objective={"label_smoothing": smoothing}, whole=True)
     params, tokenizer = experiment.init_state().params, experiment.tokenizer
     found = text(experiment, params, {}, "test", None).metrics
     run = jax.jit(lambda tokens: experiment.model.apply({"params": params}, tokens, train=False)[0])

@@ -258,7 +258,7 @@ def stand_in(kind, logits, out):
     """A model that gives these logits and this `out`."""
     backbone = types.SimpleNamespace(kind=kind, num_experts=3, experts_per_token=2)
     return types.SimpleNamespace(
-        backbone=backbone, decoders={"text": None, "label": None}, apply=lambda variables, **rest: (logits, out)
+        backbone=backbone, decoders={"text": None, "label": None}, apply=lambda variables, **rest: ((logits, out), {})
     )
 
 
