@@ -13,9 +13,8 @@ Retrieval is among two items of each of the 100 numbers, in images and sounds of
 
 from ml_collections import ConfigDict, FieldReference
 
-from configs import common
+from configs import common, digits
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 MODALITIES = ("image", "audio", "text")
 PAIRS = ("image-text", "audio-text", "image-audio")
@@ -37,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "image": {"name": "digits"},
             "audio": {"name": "dtmf", "duration": 0.128, "tone": (0.06, 0.1), "cache": True},
         },
-        "words": WORDS,
+        "words": digits.WORDS,
         "pairs": PAIRS,
         "compose": DIGITS,
         "size": 5000,
@@ -111,29 +110,5 @@ def recorded(c: ConfigDict) -> None:
     )
     folder = FieldReference("")
     c.data.dir = folder
-    others = "_(george|jackson|nicolas|yweweler)_"
-    c.data.sources = {
-        "image": {
-            "name": "tfds",
-            "dataset": "mnist:3.0.1",
-            "data_dir": folder,
-            "cache": True,
-            "features": {"image": "image", "label": "label"},
-            "splits": {"train": "train[:59000]", "validation": "train[59000:]", "test": "test"},
-        },
-        "audio": {
-            "name": "tfds",
-            "dataset": "spoken_digit:1.0.9",
-            "data_dir": folder,
-            "cache": True,
-            "samples": 6144,
-            "features": {"audio": "audio", "label": "label"},
-            "splits": {"train": "train", "validation": "train", "test": "train"},
-            "where": {
-                "train": {"audio/filename": others + r"([5-9]|\d\d)\.wav"},
-                "validation": {"audio/filename": others + r"[0-4]\.wav"},
-                "test": {"audio/filename": "_theo_"},
-            },
-        },
-    }
+    c.data.sources = digits.recorded_sources(folder, samples=6144)
     c.data.augment = {"image": {"shift": 2, "rotate": 10.0, "scale": 0.1}, "audio": {"shift": 800, "gain_db": 6.0}}

@@ -97,8 +97,18 @@ def recorded(c: ConfigDict) -> None:
     c.model.decoders.image.conv_width = 16
     folder = FieldReference("")
     c.data.dir = folder
+    c.data.sources = recorded_sources(folder, samples=8192)
+    c.data.length = 48
+    c.data.augment = {"image": {"shift": 2, "rotate": 10.0, "scale": 0.1}, "audio": {"shift": 800, "gain_db": 6.0}}
+    c.train.steps = 8000
+    c.eval.update(every=4000, batch_size=256, judge_examples=10_000)
+    c.checkpoint.every = 1000
+
+
+def recorded_sources(folder: FieldReference, samples: int) -> dict:
+    """MNIST and spoken_digit through TFDS; sounds are cut or filled to so many samples."""
     others = "_(george|jackson|nicolas|yweweler)_"
-    c.data.sources = {
+    return {
         "image": {
             "name": "tfds",
             "dataset": "mnist:3.0.1",
@@ -112,7 +122,7 @@ def recorded(c: ConfigDict) -> None:
             "dataset": "spoken_digit:1.0.9",
             "data_dir": folder,
             "cache": True,
-            "samples": 8192,
+            "samples": samples,
             "features": {"audio": "audio", "label": "label"},
             "splits": {"train": "train", "validation": "train", "test": "train"},
             "where": {
@@ -122,8 +132,3 @@ def recorded(c: ConfigDict) -> None:
             },
         },
     }
-    c.data.length = 48
-    c.data.augment = {"image": {"shift": 2, "rotate": 10.0, "scale": 0.1}, "audio": {"shift": 800, "gain_db": 6.0}}
-    c.train.steps = 8000
-    c.eval.update(every=4000, batch_size=256, judge_examples=10_000)
-    c.checkpoint.every = 1000

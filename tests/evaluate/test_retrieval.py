@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs import contrastive
+from configs.digits import WORDS
 from tests import tiny
 from vfm.errors import UserError
 from vfm.evaluate.retrieval import (
@@ -63,7 +64,7 @@ def config(**changes):
     c.model.encoders.image = {"name": "vit", "image_size": (8, 8), "width": contrastive.WIDTH, "depth": 1}
     c.eval.retrieval = {
         "probe_examples": 200,
-        "classes": contrastive.WORDS,
+        "classes": WORDS,
         "templates": ("{}", "{} "),
         "neighbours": 3,
     }
@@ -93,7 +94,7 @@ def test_an_untrained_model_by_hand(tmp_path):
     assert found["r1_image_text"] == pytest.approx(np.mean(nearest == np.arange(10)))
     assert found["r10_image_text"] == 1.0
     centres = []
-    for word in contrastive.WORDS:
+    for word in WORDS:
         prompts = []
         for text in (word, word + " "):
             ids = [*experiment.tokenizer.encode(text), experiment.tokenizer.eos_id]
