@@ -82,10 +82,12 @@ def test_an_unknown_variant_is_refused(file):
         load(file).get_config("smokee")
 
 
-# Stages are the digits with frozen parameters: tests/train/test_stages.py has them small.
-@pytest.mark.parametrize(
-    "file", [pytest.param(f, marks=pytest.mark.slow) if f.stem == "staged" else f for f in FILES], ids=lambda f: f.stem
-)
+# Other tests run these smaller: train/test_stages.py, evaluate/test_retrieval.py, test_backbones_study.py.
+ELSEWHERE = ("staged", "contrastive", "backbones")
+SMOKE = [pytest.param(file, marks=pytest.mark.slow) if file.stem in ELSEWHERE else file for file in FILES]
+
+
+@pytest.mark.parametrize("file", SMOKE, ids=lambda file: file.stem)
 def test_the_smoke_size_runs_end_to_end(file, tmp_path):
     config = load(file).get_config("smoke")
     config.lock()

@@ -121,6 +121,7 @@ def test_an_encoder_fills_the_masks_of_a_text(tmp_path):
             ask(tmp_path, text="abcd")
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_answers(tmp_path):
     with tiny.quick_compilation():
         ask = request("encoder_decoder", "denoising", "span_corruption")
