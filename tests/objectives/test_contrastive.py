@@ -280,6 +280,7 @@ def test_pairs_take_items_of_their_own():
         ({"pairs": PAIRS, "weights": (1.0,)}, "1 weights for 2 pairs"),
         ({"pairs": PAIRS, "queue": 8}, "set momentum"),
         ({"pairs": PAIRS, "same_label": "positive"}, "unknown same_label"),
+        ({"pairs": PAIRS, "same_label": "ignored", "momentum": 0.9, "queue": 8}, "a queue holds no labels"),
     ],
 )  # fmt: skip
 def test_bad_fields_are_one_line(setting, fields, message):

@@ -163,6 +163,8 @@ def contrastive(
         raise UserError(f"{where}: a queue holds embeddings of momentum encoders; set momentum, such as 0.99")
     if momentum and loss == "sigmoid":
         raise UserError(f"{where}: momentum encoders and queues are for loss='infonce'")
+    if queue and same_label == "ignored":
+        raise UserError(f"{where}: a queue holds no labels, so same_label='ignored' cannot be kept; set queue=0")
     parsed = parse_pairs(pairs, model.encoders, where)
     own = slots(parsed)
     counts = {name: sum(name in pair for pair in parsed) for name in sorted({n for pair in parsed for n in pair})}
@@ -219,6 +221,8 @@ def contrastive(
         mask = batch.get("example_mask")
         rows = next(iter(found.values())).shape[0]
         mask = jnp.ones((rows,), jnp.float32) if mask is None else mask.astype(jnp.float32)
+        if same_label == "ignored" and "label" not in batch:
+            raise UserError(f"{where}: same_label='ignored' needs batches with a label")
         labels = batch["label"] if same_label == "ignored" else None  # int[B], or int[B, P], of each pair
         terms, measured, queues = {}, {}, dict(variables.get("queue", {}))
         for k, ((a, b), (i, j), weight) in enumerate(zip(parsed, own, weights)):
