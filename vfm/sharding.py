@@ -47,8 +47,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*/patch/kernel", ("space", "space", "channels", "embed")),
     (r".*/(frames|samples)[^/]*/kernel", ("space", "channels", "embed")),
     (r".*/conv[^/]*/kernel", ("space", "space", "channels", "embed")),
-    (r".*/(projection|hidden[^/]*)/kernel", ("channels", "embed")),
-    (r".*/(patch|projection|(frames|samples|hidden|conv)[^/]*)/bias", ("norm",)),
+    (r".*/(projection|modulation|hidden[^/]*)/kernel", ("channels", "embed")),
+    (r".*/(patch|projection|modulation|(frames|samples|hidden|conv)[^/]*)/bias", ("norm",)),
     (r".*/(positions|block_positions|token_types|degree_in|degree_out)/embedding", ("tokens", "embed")),
     (
         r"(.*/)?(positions|queries|registers|signals_[^/]*|(class|distillation|graph)_token|channel_table)",

@@ -5,7 +5,8 @@ import pytest
 
 from vfm import tree
 from vfm.errors import UserError
-from vfm.layers.attention import make_mask
+from vfm.layers.attention import Attention, make_mask
+from vfm.layers.mlp import MLP
 from vfm.layers.transformer import REMAT, Block, Transformer
 
 DEPTH, T, D = 3, 5, 8
@@ -74,3 +75,41 @@ def test_layers_start_different():
 def test_an_unknown_policy_names_the_known():
     with pytest.raises(UserError, match="unknown remat policy 'all'.*dots, dots_no_batch, full, none"):
         Transformer(depth=1, remat="all", **FIELDS).init(jax.random.key(0), X, train=False)
+
+
+def modulated(condition):
+    model = Transformer(depth=DEPTH, num_heads=2, mlp_dim=12, norm="layernorm_fixed", modulated=True)
+    return model, parameters(model, condition=condition)
+
+
+def test_a_modulated_stack_starts_as_the_identity_before_its_norm():
+    condition = jax.random.normal(jax.random.key(4), (2, 6))
+    model, params = modulated(condition)
+    y, out = jax.jit(lambda p: model.apply({"params": p}, X, condition=condition, train=False))(params)
+    np.testing.assert_array_equal(out["layers"], jnp.broadcast_to(X, (DEPTH, *X.shape)))
+    centred = X - X.mean(axis=-1, keepdims=True)
+    np.testing.assert_allclose(y, centred / jnp.sqrt(X.var(axis=-1, keepdims=True) + 1e-5), atol=1e-5)
+
+
+def test_modulation_is_shift_scale_and_gate_of_each_branch():
+    """One block by hand: x + g1 · attention((1 + s1) · norm(x) + b1), then the same with the MLP."""
+    condition = jax.random.normal(jax.random.key(4), (2, T, 6))
+    _, params = modulated(condition)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape[1:]), leaf.dtype), params["layers"])
+    block = Block(modulated=True, num_heads=2, mlp_dim=12, norm="layernorm_fixed", depth=DEPTH)
+
+    def by_hand(params):
+        h = condition * jax.nn.sigmoid(condition) @ params["modulation"]["kernel"]
+        shift, scale, gate, *of_mlp = jnp.split(h + params["modulation"]["bias"][None, None], 6, axis=-1)
+        norm = lambda x: (x - x.mean(axis=-1, keepdims=True)) / jnp.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+        attention, mlp = Attention(num_heads=2, depth=DEPTH), MLP(mlp_dim=12, depth=DEPTH)
+        y, _ = attention.apply({"params": params["attention"]}, norm(X) * (1 + scale) + shift, mask=MASK)
+        x, (shift, scale, gate) = X + gate * y, of_mlp
+        return x + gate * mlp.apply({"params": params["mlp"]}, norm(x) * (1 + scale) + shift, train=False)
+
+    def found(params):
+        shared = {"mask": MASK, "condition": condition}
+        return block.apply({"params": params}, (X, None), {}, shared, False)[0][0]
+
+    np.testing.assert_allclose(jax.jit(found)(params), jax.jit(by_hand)(params), atol=1e-4)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from vfm import tree
 from vfm.errors import unknown
 from vfm.layers.attention import Attention
+from vfm.layers.dense import dot_general
 from vfm.layers.mlp import MLP
 from vfm.layers.moe import MoE
 from vfm.layers.norm import make_norm
@@ -44,6 +45,9 @@ class BlockFields(nn.Module):
       num_experts: a mixture of experts (see `MoE`) in place of the MLP; experts_per_token, normalise_weights of it
       dropout: of every branch. depth: of the stack, for initialisation. remat: a policy of `REMAT`
       cross, causal: set by the backbones: cross-attention over a context; the mask is causal (see `Attention`)
+      modulated: set by decoders: a `condition` shifts and scales what attention and MLP read and gates what they add;
+        all three start as zero, so that a block starts as the identity (adaLN-Zero, Peebles & Xie 2023). It takes the
+        place of the norms' own scale and bias: `norm` is then "layernorm_fixed"
     """
 
     num_heads: int = 2
@@ -73,6 +77,7 @@ class BlockFields(nn.Module):
     dropout: float = 0.0
     cross: bool = False
     causal: bool = False
+    modulated: bool = False
     remat: str = "none"
     dtype: str = "float32"
 
@@ -86,6 +91,13 @@ class BlockFields(nn.Module):
         bias = self.use_bias if self.norm_bias is None else self.norm_bias
         return make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=bias, dtype=self.dtype, name=name)
 
+    def modulated_by(self, condition: jax.Array, D: int, count: int) -> list[jax.Array]:
+        """`count` arrays float[B, 1 | T, D] of a condition float[B, D'] or float[B, T, D'], zero at the start."""
+        condition = condition[:, None] if condition.ndim == 2 else condition
+        zeros = nn.initializers.zeros
+        layer = nn.Dense(count * D, dtype=self.dtype, kernel_init=zeros, dot_general=dot_general, name="modulation")
+        return jnp.split(layer(jax.nn.silu(condition)), count, axis=-1)
+
 
 class Block(BlockFields):
     """Transformer block: attention and MLP, each with a residual connection; float[B, T, D] -> float[B, T, D].
@@ -94,7 +106,8 @@ class Block(BlockFields):
     passes by it. The call takes positional arguments only, the first of which is (x, cache of all layers or None), and
     returns ((x, cache), out), as `nn.scan` wants. `layer` holds what differs from layer to layer: number (int32[], its
     place in the cache), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits).
-    `shared` holds the rest: mask, bias, table and context, context_mask; local_mask and local_table for local layers.
+    `shared` holds the rest: mask, bias, table and context, context_mask; local_mask and local_table for local layers;
+    condition, if `modulated`.
     """
 
     @nn.compact
@@ -113,11 +126,21 @@ class Block(BlockFields):
             if shared.get("local_table") is not None:
                 table = jax.tree.map(choose, shared["local_table"], table)
 
+        modulation = {}
+        if self.modulated:
+            parts = self.modulated_by(shared["condition"], x.shape[-1], 6)
+            modulation = {"attention": parts[:3], "mlp": parts[3:]}
+
         def enter(name, x):
-            return self.make_norm(f"norm_{name}")(x) if before else x
+            x = self.make_norm(f"norm_{name}")(x) if before else x
+            if name in modulation:
+                shift, scale, _ = modulation[name]
+                x = x * (1 + scale) + shift
+            return x
 
         def branch(name, y):
             y = self.make_norm(f"norm_{name}_out")(y) if after else y
+            y = y * modulation[name][2] if name in modulation else y
             return nn.Dropout(self.dropout, name=f"dropout_{name}")(y, deterministic=not train)
 
         def leave(name, x):
@@ -199,7 +222,8 @@ class Transformer(BlockFields):
 
     x: float[B, T, D] -> (float[B, T, D], out) with out["layers"]: float[L, B, T, D], the residual stream after each
     block, out["cache"], and out["router_logits"] float32[L, B, T, E] of a mixture of experts. The arguments of the
-    call are those of `Block`; `local` and `scale` have a leading layer axis. `cache`: see `Attention`.
+    call are those of `Block`; `local` and `scale` have a leading layer axis. `cache`: see `Attention`. `modulated`: the
+    condition shifts and scales what the last norm gives as well.
     """
 
     @nn.compact
@@ -214,6 +238,7 @@ class Transformer(BlockFields):
         local_table=None,
         context=None,
         context_mask=None,
+        condition=None,
         local=None,
         scale=None,
         cache=None,
@@ -244,6 +269,7 @@ class Transformer(BlockFields):
             "local_table": local_table,
             "context": context,
             "context_mask": context_mask,
+            "condition": condition,
         }
         present = lambda arguments: {name: value for name, value in arguments.items() if value is not None}
         cut = self.variables.get("params", {}).get("layers", {})
@@ -252,6 +278,9 @@ class Transformer(BlockFields):
         out["layers"], out["cache"] = out.pop("x"), cache
         if self.norm_position != "post":
             x = self.make_norm("norm")(x)
+        if self.modulated:
+            shift, scale = self.modulated_by(condition, x.shape[-1], 2)
+            x = x * (1 + scale) + shift
         return x, out
 
     def _one_by_one(self, params, carry, layer, shared, train):
