@@ -68,21 +68,29 @@ def cut(x: jax.Array, size: int, hop: int) -> jax.Array:
     return x[:, np.arange(frames)[:, None] * hop + np.arange(size)[None, :]]
 
 
-def _power(frames: jax.Array, n_fft: int) -> jax.Array:
-    spectrum = jnp.fft.rfft(frames, n_fft)
+def hann(n_fft: int) -> np.ndarray:
+    """The periodic Hann window, float32[n_fft]."""
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)).astype(np.float32)
+
+
+def _power(spectrum: jax.Array) -> jax.Array:
     return jnp.square(spectrum.real) + jnp.square(spectrum.imag)
 
 
-def power_spectrogram(waveform: jax.Array, n_fft: int, hop: int, edges: str = "reflect") -> jax.Array:
-    """|STFT|² with a periodic Hann window, float[B, S] -> float32[B, 1 + S / hop, n_fft / 2 + 1].
+def stft(waveform: jax.Array, n_fft: int, hop: int, edges: str = "reflect") -> jax.Array:
+    """Short-time Fourier transform with a Hann window, float[B, S] -> complex64[B, 1 + S / hop, n_fft / 2 + 1].
 
     Frame t is centred on sample t · hop; beyond its ends the sound is reflected (torch), or zero: "constant" (librosa).
     """
     if edges not in EDGES:
         raise unknown("edges", edges, EDGES)
     padded = jnp.pad(waveform.astype(jnp.float32), ((0, 0), (n_fft // 2, n_fft // 2)), mode=edges)
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
-    return _power(cut(padded, n_fft, hop) * window[None, None].astype(np.float32), n_fft)
+    return jnp.fft.rfft(cut(padded, n_fft, hop) * hann(n_fft)[None, None], n_fft)
+
+
+def power_spectrogram(waveform: jax.Array, n_fft: int, hop: int, edges: str = "reflect") -> jax.Array:
+    """|STFT|² (see `stft`), float[B, S] -> float32[B, 1 + S / hop, n_fft / 2 + 1]."""
+    return _power(stft(waveform, n_fft, hop, edges))
 
 
 def mel_power(power: jax.Array, filters: np.ndarray) -> jax.Array:
@@ -130,7 +138,8 @@ def fbank(waveform: jax.Array, *, sample_rate: int, n_mels: int) -> jax.Array:
     filters = mel_filterbank(
         n_mels, n_fft, sample_rate, min_frequency=20.0, scale="htk", unit_area=False, straight_in_mels=True
     )
-    power = mel_power(_power(frames * window[None, None].astype(np.float32), n_fft), filters)
+    spectrum = jnp.fft.rfft(frames * window[None, None].astype(np.float32), n_fft)
+    power = mel_power(_power(spectrum), filters)
     return jnp.log(jnp.maximum(power, _FLOOR))
 
 
