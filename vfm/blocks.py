@@ -1,4 +1,4 @@
-"""The five tables of blocks, and a block out of its fields in a config."""
+"""The tables of the five kinds of blocks and of discriminators, and a block out of its fields in a config."""
 
 import dataclasses
 import inspect
@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 from vfm.backbones import BACKBONES
 from vfm.data.construct import lookup, plain
 from vfm.decoders import DECODERS
+from vfm.discriminators import DISCRIMINATORS
 from vfm.encoders import ENCODERS
 from vfm.errors import UserError, unknown
 from vfm.input_projectors import INPUT_PROJECTORS
@@ -24,6 +25,7 @@ TABLES = {
     "backbone": BACKBONES,
     "output_projectors": OUTPUT_PROJECTORS,
     "decoders": DECODERS,
+    "discriminators": DISCRIMINATORS,
 }
 # What a block of each kind must declare; the docstring of its package says what it means.
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,6 +35,7 @@ DECLARED = {
     "backbone": ("width", "kind"),
     "output_projectors": ("width", "in_width", "num_tokens"),
     "decoders": ("in_width", "num_tokens", "item_shape"),
+    "discriminators": (),
 }
 
 

@@ -14,7 +14,7 @@ from vfm.blocks import TABLES, build_block
 from vfm.data.interleave import Layout, Modality
 from vfm.errors import UserError, unknown
 from vfm.sharding import constrain
-from vfm.wiring import check, labels, modalities, num_signals, reads_two
+from vfm.wiring import check, generative, labels, modalities, num_signals, reads_two
 
 # Arguments that go to the backbone as they are, where it has them.
 BACKBONE_INPUTS = (
@@ -44,8 +44,16 @@ class VFM(nn.Module):
     alignment: {temperature, max_scale, bias} makes the encoders and input projectors a space that is shared by all
     modalities (survey section 1.3; CLIP, Radford et al. 2021): each item gets an embedding of length 1. `logit_scale`
     float32[], the logarithm of the factor of their products, is learned, and so is `logit_bias` if bias is a number
-    (SigLIP, Zhai et al. 2023). Without a backbone that is all, and every modality is read item by item, text too; but
-    decoders of labels then read the summaries of the centre's items, float[B, N, W].
+    (SigLIP, Zhai et al. 2023).
+
+    Without a backbone every modality is read item by item, text too. Decoders of labels then read the summaries of the
+    centre's items, float[B, N, W]; a decoder of a modality that has an encoder is the second half of an autoencoder;
+    and a generative decoder takes the features of the centre's items, through its output projector if there is one, as
+    its condition, or none where the centre has no encoder.
+
+    A generative decoder (see `vfm.decoders`) draws items under a condition: the hidden states of the signals, or the
+    features just named. The call gives the terms of its loss for the items of `inputs`, if there is an rng "noise";
+    `sample` draws items.
 
     Args of the call (B rows, T sequence positions, N items of a modality per row):
       tokens: int32[B, T]; any value where no text stands. None: a model or a call without text.
@@ -65,7 +73,8 @@ class VFM(nn.Module):
     out["output"] float[B, T, D] what it gave; out[X] has features float[B, N, P, W] = ME(item), predicted
     float[B, N, P, W] = OP(hidden states of the signals), recovered float[B, N, P, W] = OP(hidden states of the slots of
     a masked item), decoded and reconstructed float[B, N, *item_shape] = MD(predicted) and MD(features), where blocks
-    exist; for labels logits and pooled float[B, D]. With an alignment
+    exist; for a generative decoder condition float[B, N, P, W] in place of predicted, and losses {name: float[B, N]};
+    for labels logits and pooled float[B, D]. With an alignment
     out[X]["embedding"]: float32[B, N, E]; out["logit_scale"]: float32[], at most max_scale; and out["logit_bias"].
     """
 
@@ -76,6 +85,7 @@ class VFM(nn.Module):
     output_projectors: Mapping[str, nn.Module]
     decoders: Mapping[str, nn.Module]
     alignment: Mapping[str, Any] | None = None
+    discriminators: Mapping[str, nn.Module] = FrozenDict()
 
     def setup(self):
         if self.alignment is not None:
@@ -107,15 +117,13 @@ class VFM(nn.Module):
     ):
         inputs, starts, signal_starts, masked = inputs or {}, starts or {}, signal_starts or {}, masked or {}
         out: dict[str, Any] = self._scale()
+        if self.is_initializing():
+            for name, block in self.discriminators.items():
+                block(jnp.zeros((1, *self.item_block(name).item_shape)), train=train)
         if self.backbone is None:
             if tokens is not None or cache is not None or rest or starts or signal_starts:
                 raise UserError("a model without a backbone reads no sequence: it takes `inputs` alone")
-            for name, items in inputs.items():
-                if name in self.encoders:
-                    out[name], features = self._encode(name, items, train)
-                    if name == self.centre:
-                        summary = _summary(features, out[name]["encoder"]).reshape(*items.shape[:2], -1)
-            return (self._label(summary, None, train, out) if self.centre in out else None), out
+            return self._items_alone(inputs, train, out)
         call = self._backbone_call(rest, decoder_tokens, tokens is not None or bool(inputs), cache)
         for name in masked:
             if not all(name in group for group in (self.encoders, inputs, starts)):
@@ -126,9 +134,7 @@ class VFM(nn.Module):
             if name not in self.encoders:
                 continue  # a target only
             out[name], features = self._encode(name, items, train)
-            if name in self.decoders:
-                item, _ = self.decoders[name](features, train=train)
-                out[name]["reconstructed"] = item.reshape(*items.shape[:2], *item.shape[1:])
+            self._reconstruct(name, features, items, train, out)
             if name in starts:
                 slots = self._project_in(name, features, train)
                 if name in masked:
@@ -155,7 +161,7 @@ class VFM(nn.Module):
         for name, at in signal_starts.items():
             if name in self.signals:
                 hidden = gather(x, at, self.signals[name].shape[0])
-                out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, train)}
+                out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, inputs.get(name), train)}
         for name, which in masked.items():
             hidden = self._project_out(name, gather(x, starts[name], which.shape[2]), train)
             out[name]["recovered"] = hidden.reshape(*which.shape[:2], *hidden.shape[1:])
@@ -237,13 +243,77 @@ class VFM(nn.Module):
             )
         return jnp.where(which.reshape(-1, count, 1), signals[None].astype(features.dtype), features)
 
-    def _generate(self, name, hidden, lead, train):
-        predicted = self._project_out(name, hidden, train)
-        out = {"predicted": predicted.reshape(*lead, *predicted.shape[1:])}
-        if name in self.decoders:
-            item, _ = self.decoders[name](predicted, train=train)
-            out["decoded"] = item.reshape(*lead, *item.shape[1:])
+    def _items_alone(self, inputs, train, out):
+        """What a model without a backbone gives: (logits of labels or None, out)."""
+        condition = summary = lead = None
+        for name, items in inputs.items():
+            if name in self.encoders:
+                out[name], features = self._encode(name, items, train)
+                self._reconstruct(name, features, items, train, out)
+                if name == self.centre:
+                    condition, lead = features, items.shape[:2]
+                    summary = _summary(features, out[name]["encoder"]).reshape(*lead, -1)
+        for name in generative(self):
+            items = inputs.get(name)
+            if condition is not None:
+                if items is not None and items.shape[:2] != lead:
+                    raise UserError(
+                        f"the model generates an item of {name} from each item of {self.centre}, but the batch has "
+                        f"{list(items.shape[:2])} of {name} and {list(lead)} of {self.centre}"
+                    )
+                found = self._generate(name, condition, lead, items, train)
+            elif items is not None and self.centre not in self.encoders:
+                found = self._generate(name, None, items.shape[:2], items, train)
+            else:
+                continue
+            out[name] = {**out.get(name, {}), **found}
+        return (self._label(summary, None, train, out) if summary is not None else None), out
+
+    def _reconstruct(self, name, features, items, train, out):
+        """Puts MD(features) into out[name], if there is a decoder that takes the encoder's features."""
+        if name in self.decoders and name not in (*generative(self), *labels(self)):
+            item, _ = self.decoders[name](features, train=train)
+            out[name]["reconstructed"] = item.reshape(*items.shape[:2], *item.shape[1:])
+
+    def _generate(self, name, hidden, lead, items, train):
+        """What `out` holds of the items [B, N, …] generated from hidden float[B·N, K, D], or from nothing (None)."""
+        predicted = None if hidden is None else self._project_out(name, hidden, train)
+        if name not in generative(self):
+            out = {"predicted": predicted.reshape(*lead, *predicted.shape[1:])}
+            if name in self.decoders:
+                item, _ = self.decoders[name](predicted, train=train)
+                out["decoded"] = item.reshape(*lead, *item.shape[1:])
+            return out
+        out = {} if predicted is None else {"condition": predicted.reshape(*lead, *predicted.shape[1:])}
+        if items is not None and (self.has_rng("noise") or self.is_initializing()):
+            _, found = self.decoders[name](predicted, items.reshape(-1, *items.shape[2:]), train=train)
+            out["losses"] = {term: loss.reshape(lead) for term, loss in found["losses"].items()}
         return out
+
+    def sample(self, name: str, out: Mapping[str, Any], *, rng: jax.Array, batch_size: int | None = None, **settings):
+        """Items of a modality that has a generative decoder, float[B, N, *item_shape], under the conditions in `out`.
+
+        out: what a call gave. Where there are no conditions, batch_size items are drawn, N = 1. settings: those of the
+        decoder's `sample`.
+        """
+        if name not in generative(self):
+            raise unknown("modality", name, generative(self), "the generative decoders of the model")
+        condition = out.get(name, {}).get("condition")
+        if condition is None:
+            return self.decoders[name].sample(None, rng=rng, batch_size=batch_size or 1, **settings)[:, None]
+        lead = condition.shape[:2]
+        items = self.decoders[name].sample(condition.reshape(-1, *condition.shape[2:]), rng=rng, **settings)
+        return items.reshape(*lead, *items.shape[1:])
+
+    def discriminate(self, name: str, items: jax.Array, *, train: bool):
+        """Logits of the discriminator of a modality for items float[B, N, *item_shape]: (float[B·N, …], its dict)."""
+        if name not in self.discriminators:
+            raise unknown("modality", name, self.discriminators, "model.discriminators")
+        return self.discriminators[name](items.reshape(-1, *items.shape[2:]), train=train)
+
+    def item_block(self, name: str) -> nn.Module:
+        """The block of a modality that says what its raw items are: its encoder, or else its decoder."""
+        return self.encoders[name] if name in self.encoders else self.decoders[name]
 
     def init_cache(self, batch_size: int, length: int, encoder_length: int | None = None):
         """The backbone's empty cache for `length` tokens, and `encoder_length` of the encoder of an encoder–decoder."""
@@ -285,7 +355,7 @@ def layout(model: VFM, length: int, items: int = 1) -> Layout:
     for name in modalities(model):
         encoder, projector = model.encoders.get(name), model.input_projectors.get(name)
         slots = (getattr(projector, "num_tokens", None) or encoder.num_tokens) if encoder is not None else 0
-        block = encoder if encoder is not None else model.decoders[name]
+        block = model.item_block(name)
         kind = getattr(block, "item_dtype", "float32")
         # An item that is generated is compared with the true one, all of it.
         missing = getattr(encoder, "takes_missing", False) and name not in model.decoders
@@ -299,7 +369,7 @@ def example_batch(model: VFM, length: int, batch_size: int = 1) -> dict[str, Any
     inputs = {
         name: jax.ShapeDtypeStruct((batch_size, 1, *m.item_shape), jnp.dtype(m.dtype))
         for name, m in shapes.items()
-        if name in model.encoders
+        if name in model.encoders or name in generative(model)
     }
     if model.backbone is None:
         return {"inputs": inputs}
@@ -331,7 +401,8 @@ def build(cfg: Mapping[str, Any]) -> VFM:
 
     The projectors of the centre are left out, so that the centre can be changed by one field; not so in a model with an
     alignment and no backbone, where the centre has none but that of the pairs it is trained on. A model without a
-    backbone has an alignment, or says backbone: None. Raises `UserError` for unknown names and fields, and for a chain
+    backbone has an alignment, or says backbone: None. `discriminators` {X: {name, **fields}} are for the objective
+    `adversarial`. Raises `UserError` for unknown names and fields, and for a chain
     that does not fit, naming both blocks and both widths.
     """
     cfg = dict(cfg)
@@ -367,6 +438,7 @@ def build(cfg: Mapping[str, Any]) -> VFM:
         groups["output_projectors"],
         groups["decoders"],
         None if alignment is None else _alignment(alignment),
+        groups["discriminators"],
     )
     check(model)
     return model

@@ -4,12 +4,17 @@ import inspect
 
 import flax.linen as nn
 
-from vfm.errors import UserError
+from vfm.errors import UserError, unknown
 
 
 def labels(model) -> tuple[str, ...]:
     """The names of the decoders that give one class for a whole sequence, sorted."""
     return tuple(sorted(name for name, block in model.decoders.items() if getattr(block, "whole_sequence", False)))
+
+
+def generative(model) -> tuple[str, ...]:
+    """The names of the decoders that draw items under a condition, sorted."""
+    return tuple(sorted(name for name, block in model.decoders.items() if getattr(block, "generative", False)))
 
 
 def modalities(model) -> tuple[str, ...]:
@@ -31,7 +36,9 @@ def reads_two(backbone: nn.Module) -> bool:
 def num_signals(model, name: str) -> int:
     """Sequence slots from which an item of a modality is generated; 0: the model cannot generate it."""
     projector, decoder = model.output_projectors.get(name), model.decoders.get(name)
-    if projector is None and (name != model.centre or decoder is None):
+    if model.backbone is None:
+        return 0
+    if projector is None and (name != model.centre or decoder is None) and name not in generative(model):
         return 0
     own = getattr(projector, "num_signals", None)
     return own or (decoder.num_tokens if decoder is not None else model.encoders[name].num_tokens)
@@ -62,20 +69,36 @@ def _check_read(model) -> None:
 def _check_aligned(model) -> None:
     """Refuses a model without a backbone whose embeddings do not have one width, or with blocks that need one."""
     _check_read(model)
-    classes = labels(model)
-    for kind in ("decoders", "output_projectors"):
-        for name in sorted(set(getattr(model, kind)) - set(classes)):
-            raise UserError(f"model.{kind}.{name} needs a backbone; a model without one has encoders and labels only")
-    for name in classes:
-        if model.centre not in model.encoders:
+    classes, draws, centre = labels(model), generative(model), model.encoders.get(model.centre)
+    giver = f"encoders.{model.centre} ({type(centre).__name__})"
+    for name in model.output_projectors:
+        if name not in draws:
             raise UserError(
-                f"model.centre={model.centre!r} is no encoder; without a backbone decoders.{name} reads its features"
+                f"model.output_projectors.{name} leads nowhere: without a backbone it is for a generative decoder"
             )
-        giver = f"encoders.{model.centre} ({type(model.encoders[model.centre]).__name__})"
-        block = model.decoders[name]
-        fit(giver, model.encoders[model.centre].width, f"decoders.{name} ({type(block).__name__})", block.in_width)
+        if centre is None:
+            raise UserError(
+                f"model.centre={model.centre!r} is no encoder; without a backbone output_projectors.{name} reads its "
+                "features"
+            )
+    for name, block in model.decoders.items():
+        taker = f"decoders.{name} ({type(block).__name__})"
+        if name in classes:
+            if centre is None:
+                raise UserError(
+                    f"model.centre={model.centre!r} is no encoder; without a backbone decoders.{name} reads its "
+                    "features"
+                )
+            fit(giver, centre.width, taker, block.in_width)
+        elif name in draws:
+            if centre is not None:
+                _check_condition(model, name, giver, centre.width, centre.num_tokens)
+        elif name not in model.encoders:
+            raise UserError(f"model: {taker} needs a backbone, or encoders.{name} as the first half of an autoencoder")
+        else:
+            _check_halves(model, name)
     for name, encoder in model.encoders.items():
-        if not encoder.item_shape:
+        if not encoder.item_shape and not hasattr(encoder, "item_dtype"):
             raise UserError(
                 f"model.encoders.{name} ({type(encoder).__name__}) reads one token; without a backbone it must read "
                 "whole items: for text, 'text_transformer'"
@@ -90,8 +113,53 @@ def _check_aligned(model) -> None:
             raise UserError(f"model: the shared space has one width, but {first} gives {width} and {other} {gives}")
 
 
+def _check_condition(model, name: str, giver: str, width: int, tokens: int | None) -> None:
+    """Refuses a generative decoder that does not take what it is conditioned on."""
+    projector, block = model.output_projectors.get(name), model.decoders[name]
+    if projector is not None:
+        taker = f"output_projectors.{name} ({type(projector).__name__})"
+        fit(giver, width, taker, projector.in_width)
+        giver, width, tokens = taker, projector.width, projector.num_tokens or tokens
+    taker = f"decoders.{name} ({type(block).__name__})"
+    fit(giver, width, taker, block.in_width)
+    fit(giver, tokens, taker, block.num_tokens, "number of features")
+
+
+def _check_generative(model, name: str) -> None:
+    """Refuses a generative decoder that does not fit what a backbone gives at its signals."""
+    projector, decoder, encoder = (g.get(name) for g in (model.output_projectors, model.decoders, model.encoders))
+    slots = getattr(projector, "num_signals", None) or decoder.num_tokens
+    if slots is None:
+        raise UserError(
+            f"model.decoders.{name} ({type(decoder).__name__}) takes any number of features; set its num_tokens, the "
+            "slots of the sequence that it is conditioned on"
+        )
+    backbone = f"backbone ({type(model.backbone).__name__})"
+    _check_condition(model, name, backbone, model.backbone.width, slots)
+    if encoder is not None:
+        shapes = tuple(decoder.item_shape), tuple(encoder.item_shape)
+        taker = f"encoders.{name} ({type(encoder).__name__})"
+        fit(f"decoders.{name} ({type(decoder).__name__})", shapes[0], taker, shapes[1], "items of shape")
+
+
+def _check_halves(model, name: str) -> None:
+    """Refuses a decoder that does not turn the features of the encoder of the same name into its items."""
+    encoder, decoder = model.encoders[name], model.decoders[name]
+    first, second = f"encoders.{name} ({type(encoder).__name__})", f"decoders.{name} ({type(decoder).__name__})"
+    fit(first, encoder.width, second, decoder.in_width)
+    fit(first, encoder.num_tokens, second, decoder.num_tokens, "number of features")
+    fit(second, tuple(decoder.item_shape or ()), first, tuple(encoder.item_shape), "items of shape")
+
+
+def _check_discriminators(model) -> None:
+    for name in model.discriminators:
+        if name not in modalities(model):
+            raise unknown("modality", name, modalities(model), "model.discriminators")
+
+
 def check(model) -> None:
     """Refuses a chain of blocks that does not fit: `UserError` with both blocks and both sizes."""
+    _check_discriminators(model)
     if model.backbone is None:
         return _check_aligned(model)
     if model.centre not in {*model.encoders, *model.decoders}:
@@ -123,7 +191,7 @@ def check(model) -> None:
             taker = f"output_projectors.{name} ({type(projector).__name__})"
             fit(giver, gives, taker, projector.in_width)
             giver, gives, tokens = taker, projector.width, projector.num_tokens
-        elif name != model.centre:
+        elif name != model.centre and name not in generative(model):
             raise UserError(
                 f"model: decoders.{name} has no output projector, and {name} is not the centre "
                 f"({model.centre}); add model.output_projectors.{name}"
@@ -133,6 +201,9 @@ def check(model) -> None:
                 f"model: {giver} has neither decoders.{name}, to generate items, nor encoders.{name}, to "
                 "regress to its features; add one of them"
             )
+        if name in generative(model):
+            _check_generative(model, name)
+            continue
         if decoder is not None:
             taker = f"decoders.{name} ({type(decoder).__name__})"
             fit(giver, gives, taker, decoder.in_width)
@@ -143,20 +214,7 @@ def check(model) -> None:
             fit(giver, gives, taker, encoder.width)
             fit(giver, tokens, taker, encoder.num_tokens, "number of features")
             if decoder is not None:
-                fit(
-                    f"encoders.{name} ({type(encoder).__name__})",
-                    encoder.num_tokens,
-                    f"decoders.{name} ({type(decoder).__name__})",
-                    decoder.num_tokens,
-                    "number of features",
-                )
-                fit(
-                    f"decoders.{name} ({type(decoder).__name__})",
-                    tuple(decoder.item_shape or ()),
-                    f"encoders.{name} ({type(encoder).__name__})",
-                    tuple(encoder.item_shape),
-                    "items of shape",
-                )
+                _check_halves(model, name)
     _check_read(model)
     tied = getattr(model.decoders.get("text"), "tied", False)
     if tied and "text" not in model.encoders:

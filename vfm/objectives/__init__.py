@@ -37,6 +37,7 @@ from vfm.objectives.classification import classification  # noqa: E402
 from vfm.objectives.contrastive import contrastive  # noqa: E402
 from vfm.objectives.denoising import denoising  # noqa: E402
 from vfm.objectives.fusion import fusion  # noqa: E402
+from vfm.objectives.generation import generation  # noqa: E402
 from vfm.objectives.masked import masked  # noqa: E402
 from vfm.objectives.next_token import next_token  # noqa: E402
 from vfm.objectives.permutation import permutation  # noqa: E402
@@ -47,6 +48,7 @@ OBJECTIVES = {
     "contrastive": contrastive,
     "denoising": denoising,
     "fusion": fusion,
+    "generation": generation,
     "masked": masked,
     "next_token": next_token,
     "permutation": permutation,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from vfm import metrics
 from vfm.objectives import Aux
+from vfm.objectives.generation import generation_terms
 from vfm.objectives.next_token import apply, cross_entropy
 
 
@@ -15,7 +16,8 @@ def any_to_any(
 
       text              next-token cross-entropy of the answer, nats per token
       conversion_X      mean squared error between OP(hidden states) and the features ME(item), for generated items
-      generation_X      mean squared error between MD(OP(hidden states)) and the item, for generated items
+      generation_X      mean squared error between MD(OP(hidden states)) and the item, for generated items; of a
+                        generative decoder its own losses, generation_X_NAME
       reconstruction_X  mean squared error between MD(ME(item)) and the item: decoder and encoder learn as a pair
 
     The keyword arguments are the weights. The regression target ME(item) carries no gradient: otherwise the encoder
@@ -41,7 +43,7 @@ def any_to_any(
             if "reconstructed" in found:
                 shown = present * jnp.any(items != 0, axis=tuple(range(2, items.ndim)))  # an absent item is all zeros
                 terms[f"reconstruction_{name}"] = (reconstruction, *squared_error(found["reconstructed"], items, shown))
-        return terms, Aux(measured, variables)
+        return terms | generation_terms(out, batch, generation, {}), Aux(measured, variables)
 
     return loss_fn
 

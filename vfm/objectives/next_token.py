@@ -12,7 +12,12 @@ from vfm.layers.moe import load_balancing_loss, router_z_loss
 from vfm.model import INPUTS
 from vfm.objectives import Aux, LossFn, Term
 
-MUTABLE = ("batch_stats",)  # collections that a call in training changes
+MUTABLE = ("batch_stats", "codebook")  # collections that a call in training changes
+
+
+def rngs(rng: jax.Array) -> dict[str, jax.Array]:
+    """The random streams of a call of the model: dropout, and the draws of latents, times and noise."""
+    return {"dropout": rng, "noise": jax.random.fold_in(rng, 1)}
 
 
 def apply(model, params, variables, batch, rng, *, train: bool):
@@ -23,7 +28,7 @@ def apply(model, params, variables, batch, rng, *, train: bool):
     inputs = {name: batch[name] for name in INPUTS if name in batch}
     mutable = [name for name in MUTABLE if train and name in variables]
     (logits, out), changed = model.apply(
-        {"params": params, **variables}, **inputs, train=train, rngs={"dropout": rng}, mutable=mutable
+        {"params": params, **variables}, **inputs, train=train, rngs=rngs(rng), mutable=mutable
     )
     return logits, out, {**variables, **changed}
 
