@@ -5,6 +5,7 @@ import inspect
 from vfm.data.aligned import Composed, Records
 from vfm.data.construct import construct, plain
 from vfm.data.fused import Matching, Parity
+from vfm.data.items import Items
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
@@ -15,6 +16,7 @@ from vfm.errors import unknown
 __all__ = [
     "DATASETS",
     "Composed",
+    "Items",
     "Matching",
     "Mixture",
     "Pairs",
@@ -30,6 +32,7 @@ __all__ = [
 
 DATASETS = {
     "composed": Composed,
+    "items": Items,
     "matching": Matching,
     "mixture": Mixture,
     "pairs": Pairs,
