@@ -1,10 +1,12 @@
 """The records of a study: one JSON line per finished run, and the tables that are made of them."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,24 +39,49 @@ def read(path: Path) -> list[dict]:
     return list(found.values())
 
 
+@contextlib.contextmanager
+def claim(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds a lock file: whether it is this process that has it. wait: until it is, so always True.
+
+    The lock is gone with the process that holds it, however that ends. Locks of `flock` also hold between the machines
+    of a cluster that share the file system (NFS on Linux). Raises UserError if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {error.strerror or error}") from error
+    with file:  # what fails in the caller's block is no error of this file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            ours = False
+        except OSError as error:
+            raise UserError(f"cannot lock {path}: {error.strerror or error}") from error
+        else:
+            ours = True
+        yield ours
+
+
 def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a record, in one write. Raises UserError for numbers that are not finite and for files that cannot be
-    written."""
+    """Adds a record, in one write; several processes may do so at once. Raises UserError for numbers that are not
+    finite and for files that cannot be written."""
     try:
         line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode() + b"\n"
     except ValueError:
         bad = [name for name, value in record.get("metrics", {}).items() if not math.isfinite(value)]
         raise UserError(f"run {record.get('run')}: {', '.join(bad) or 'a number'} is not finite") from None
-    try:
-        before = path.read_bytes() if path.exists() else b""
-        if not before.endswith(b"\n") and before:  # a line that a crash has torn
-            write_atomic(path, before[: before.rfind(b"\n") + 1])
-        with open(path, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with claim(path.with_suffix(".lock"), wait=True):
+        try:
+            before = path.read_bytes() if path.exists() else b""
+            if not before.endswith(b"\n") and before:  # a line that a crash has torn
+                write_atomic(path, before[: before.rfind(b"\n") + 1])
+            with open(path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class Spread(NamedTuple):

@@ -9,6 +9,7 @@ The config names its study in `config.study.module`, a module with three pure fu
 and whose docstring says what is measured. An override replaces a field, or a whole section.
 """
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -16,7 +17,8 @@ import inspect
 import json
 import platform
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +32,8 @@ from vfm.workdir import identity, plain, prepare, record
 USAGE = """usage: python -m experiments.study --config=configs/NAME.py[:ARG] --workdir=DIR [--config.a.b=value ...]
 
 Makes all runs of a study, one after the other, then its table and figure. Finished runs are skipped, and the same
-command goes on with a run that was interrupted. A grid that has grown makes only what is new.
+command goes on with a run that was interrupted. A grid that has grown makes only what is new. The command may be
+started several times in one DIR, on one machine or many: the processes share the runs, and none is made twice.
 
   --config=FILE[:ARG]     config file with a section `study`, and the variant that its get_config takes
   --config.a.b=value      sets a field of the config, for all runs
@@ -129,25 +132,59 @@ def _train(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
         record(folder, base)
     if not jax.config.jax_compilation_cache_dir:  # runs that differ in their seed have the same programs
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    path = folder / "records.jsonl"
-    finished = {found["run"] for found in records.read(path)}
-    for number, (name, (overrides, resolved)) in enumerate(grid.items(), start=1):
-        line = f"run {number} of {len(grid)}, {name} ({_shown(overrides)})"
-        if name in finished:
-            _say(f"{line} is finished")
-            continue
-        _say(line)
-        try:
-            results = run(resolved, str(folder / "runs" / name))
-            if not results:
-                _say("the study is not finished")
-                return records.read(path)
-            if distributed.is_main():
-                records.append(path, _record(name, overrides, resolved, results, folder / "runs" / name))
-        except UserError as error:
-            raise UserError(f"run {name} ({_shown(overrides)}): {error}") from error
-        jax.clear_caches()  # the next run has other programs
+    progress = _Progress(folder / "records.jsonl", grid)
+    for wait in (False, True):  # first what nobody works at, then what others have left
+        for number, (name, (overrides, resolved)) in enumerate(grid.items(), start=1):
+            line = f"run {number} of {len(grid)}, {name} ({_shown(overrides)})"
+            with _claim(folder / "runs" / name / "lock", wait) as ours:
+                if distributed.gather(name in progress.finished())[0]:
+                    if not wait:
+                        _say(f"{line} is finished")
+                    continue
+                if not ours:
+                    _say(f"{line} is another process's")
+                    continue
+                _say(f"{line}{progress.left()}")
+                try:
+                    results = run(resolved, str(folder / "runs" / name))
+                    if not results:
+                        _say("the study is not finished")
+                        return records.read(progress.path)
+                    if distributed.is_main():
+                        found = _record(name, overrides, resolved, results, folder / "runs" / name)
+                        records.append(progress.path, found)
+                except UserError as error:
+                    raise UserError(f"run {name} ({_shown(overrides)}): {error}") from error
+            jax.clear_caches()  # the next run has other programs
     return _report(config, workdir, module) if distributed.is_main() else []
+
+
+@contextlib.contextmanager
+def _claim(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether a run is that of this process, or of the processes of this program, of which the first has the lock."""
+    from vfm import distributed
+
+    with records.claim(path, wait=wait) if distributed.is_main() else contextlib.nullcontext(False) as ours:
+        yield distributed.gather(ours)[0]
+
+
+class _Progress:
+    """What of a grid is finished, by whatever process, and how long the rest will take at this pace."""
+
+    def __init__(self, path: Path, grid: Mapping[str, Any]):
+        self.path, self.grid, self.began = path, grid, time.time()
+        self.before = len(self.finished())
+
+    def finished(self) -> set[str]:
+        return {found["run"] for found in records.read(self.path)} & {*self.grid}
+
+    def left(self) -> str:
+        """Text: the time left, once a run was finished since the start; else nothing."""
+        now = len(self.finished())
+        if now <= self.before:
+            return ""
+        minutes = (time.time() - self.began) / (now - self.before) * (len(self.grid) - now) / 60
+        return f"; about {minutes:.0f} min left"
 
 
 def _record(name: str, overrides: Mapping[str, Any], config: ConfigDict, results: dict, folder: Path) -> dict:

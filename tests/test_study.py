@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import pytest
@@ -126,6 +130,66 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, caps
     experiment = vfm.run.Experiment(resolve(c, {}))
     assert found["parameters"] == tree.count(experiment.abstract_state.params)
     assert found["flops"] == 8 * vfm.run.step_flops(experiment) and found["tokens"] == 8 * 16 * 16
+
+
+def test_two_processes_share_a_grid_and_no_run_is_made_twice(tmp_path, monkeypatch, runs, capsys):
+    second, fake = [], vfm.run.run
+
+    def run(c, workdir):
+        if not second:  # in the middle of the first run; a lock is held against other files, so a thread will do
+            second.append(threading.Thread(target=study, args=(config(), str(tmp_path))))
+            second[0].start()
+            deadline = time.time() + 60
+            while len(runs) < 3 and time.time() < deadline:
+                time.sleep(0.01)
+        return fake(c, workdir)
+
+    monkeypatch.setattr(vfm.run, "run", run)
+    assert len(study(config(), str(tmp_path))) == 4
+    second[0].join(60)
+    assert sorted((rate, seed) for rate, seed, _ in runs) == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
+    assert (runs[-1][0], runs[-1][1]) == (0.1, 0) and not second[0].is_alive()
+    assert "is another process's" in capsys.readouterr().err and (tmp_path / "table.md").exists()
+
+
+def test_the_lock_of_a_run_lasts_as_long_as_its_process(tmp_path):
+    code = (
+        "import pathlib, sys, time\nfrom experiments import records\n"
+        "with records.claim(pathlib.Path(sys.argv[1]), wait=False) as ours:\n    print(ours, flush=True); time.sleep(600)"
+    )
+    path = tmp_path / "runs" / "a" / "lock"
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "True\n"
+            with records.claim(path, wait=False) as ours:
+                assert not ours
+        finally:
+            process.kill()
+    with records.claim(path, wait=True) as ours:
+        assert ours
+
+
+def test_records_of_several_processes_are_whole(tmp_path):
+    path = tmp_path / "records.jsonl"
+    add = lambda n: [records.append(path, {"run": f"{n}.{i}", "text": "x" * 5000}) for i in range(20)]
+    threads = [threading.Thread(target=add, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(records.read(path)) == 80
+
+
+def test_the_time_that_is_left_is_told(tmp_path, monkeypatch, runs, capsys):
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr("experiments.study.time.time", lambda: next(clock))
+    study(config(), str(tmp_path))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("run ")]
+    assert "left" not in said[0] and [line.split("; ")[1] for line in said[1:4]] == [
+        "about 3 min left",
+        "about 2 min left",
+        "about 1 min left",
+    ]
 
 
 def test_the_name_of_a_run_is_a_hash_of_what_it_is():

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -267,7 +268,7 @@ def read_history(path) -> list[dict]:
 def write_atomic(path, data: bytes) -> None:
     """Writes a file so that a crash leaves the old one or the new one, never a part. Raises UserError."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # others may write it too
     with _writing(path):
         try:
             with open(temporary, "wb") as file:
