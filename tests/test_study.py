@@ -155,7 +155,8 @@ def test_two_processes_share_a_grid_and_no_run_is_made_twice(tmp_path, monkeypat
 def test_the_lock_of_a_run_lasts_as_long_as_its_process(tmp_path):
     code = (
         "import pathlib, sys, time\nfrom experiments import records\n"
-        "with records.claim(pathlib.Path(sys.argv[1]), wait=False) as ours:\n    print(ours, flush=True); time.sleep(600)"
+        "with records.claim(pathlib.Path(sys.argv[1]), wait=False) as ours:\n"
+        "    print(ours, flush=True); time.sleep(600)"
     )
     path = tmp_path / "runs" / "a" / "lock"
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as process:
