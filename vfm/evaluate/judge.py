@@ -16,7 +16,8 @@ class Judge:
 
         if len(np.unique(labels)) < 2:
             raise UserError("the judge needs training items of at least two classes")
-        self._model = SVC(C=C, gamma="scale").fit(_flat(items), labels)
+        # The shape of the decision function does not change what is predicted.
+        self._model = SVC(C=C, gamma="scale", decision_function_shape="ovo").fit(_flat(items), labels)
 
     def accuracy(self, items: np.ndarray, labels: np.ndarray) -> float:
         """The share of items float[n, ...] that are classified as their labels int[n]."""
@@ -25,6 +26,11 @@ class Judge:
     def predict(self, items: np.ndarray) -> np.ndarray:
         """int[n] classes of items float[n, ...]."""
         return self._model.predict(_flat(items))
+
+    def features(self, items: np.ndarray) -> np.ndarray:
+        """float[n, D] signed distances of items from the borders between each two of the classes, in which sets of
+        items can be compared: D = classes · (classes - 1) / 2."""
+        return self._model.decision_function(_flat(items)).reshape(len(items), -1)
 
 
 def _flat(items: np.ndarray) -> np.ndarray:

@@ -192,3 +192,19 @@ def probe(experiment, params, variables, split: str, limit: int | None) -> Evalu
     measured["probe_majority"] = float(np.mean(test.labels == most_frequent))
     measured |= {"probe_examples": len(test), "probe_classes": len(np.unique(train.labels))}
     return Evaluation(measured, {"probe": ("Accuracy by features, on held-out training documents", rows)})
+
+
+def compare(train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray], labels, *, C: float = 1.0):
+    """{name: accuracy on the test items} of a linear probe on each of several features {name: float[n, ...]}, which
+    are flattened; labels: (int[n] of the training items, int[m] of the test items)."""
+    flat = lambda x: x.reshape(len(x), -1)
+    return {name: LinearProbe(flat(train[name]), labels[0], C=C).accuracy(flat(test[name]), labels[1]) for name in test}
+
+
+def principal(train: np.ndarray, test: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `size` principal components of training items float[n, ...], or all there are, and of test items."""
+    from sklearn.decomposition import PCA
+
+    train, test = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (train, test))
+    pca = PCA(min(size, *train.shape), random_state=0).fit(train)
+    return pca.transform(train), pca.transform(test)

@@ -1,0 +1,221 @@
+"""How good the items are that a model draws: like real ones, as various as they are, of the class asked for."""
+
+import inspect
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vfm.data.pairs import Task
+from vfm.errors import UserError, unknown
+from vfm.evaluate import Evaluation, cell, distance, fewest, spaces
+from vfm.evaluate.judge import Judge
+from vfm.evaluate.reconstruction import autoencoded, decoder, reader
+from vfm.model import INPUTS
+from vfm.wiring import generative, labels
+
+OPTIONS = {"features": "pixels", "neighbours": 3, "density": "", "components": 10, "shown": 8, "seed": 0}
+DENSITIES = ("", "prior", "gaussian", "mixture")
+GIVEN = ("self", "condition", "rng", "batch_size")  # arguments of `sample` that no config sets
+WHERE = "config.eval.generation"
+
+
+class Drawn(NamedTuple):
+    """Items that were drawn beside as many real ones, float[n, *item_shape]; the labels that were asked for, int[n], or
+    None; seconds that a draw took, of all items."""
+
+    items: np.ndarray
+    real: np.ndarray
+    labels: np.ndarray | None
+    seconds: float
+
+
+def _options(experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(options of the evaluator, settings of the samplers) of `config.eval.generation`."""
+    given = dict(experiment.config.eval.get("generation", {}))
+    own = {**OPTIONS, **{field: given.pop(field) for field in OPTIONS if field in given}}
+    return own, given
+
+
+def _samplers(model) -> dict[str, set[str]]:
+    """{X: the settings that its generative decoder's `sample` takes}."""
+    parameters = lambda name: inspect.signature(type(model.decoders[name]).sample).parameters
+    return {name: set(parameters(name)) - set(GIVEN) for name in generative(model)}
+
+
+def _wanted(experiment) -> list[tuple[str, str, str | None]]:
+    """(prefix of the metrics, modality, task or None) of all that the model can draw."""
+    model = experiment.model
+    if model.backbone is None:
+        return [(f"sample_{name}", name, None) for name in sorted({*generative(model), *autoencoded(model)})]
+    items, found = set(model.decoders) - {*labels(model), "text"}, []
+    for task in experiment.config.data.get("tasks", ()):
+        inputs, output = Task.split(task)
+        if output in items:
+            found.append((f"{'_'.join(inputs)}_to_{output}", output, task))
+    return found
+
+
+def check_generation(experiment) -> None:
+    """Refuses a model that draws nothing, and options and settings of samplers that are unknown."""
+    own, settings = _options(experiment)
+    samplers = _samplers(experiment.model)
+    for field in settings:
+        if not any(field in known for known in samplers.values()):
+            raise unknown("field", field, [*OPTIONS, *set().union(*samplers.values())], WHERE)
+    if own["density"] not in DENSITIES:
+        raise unknown("density", own["density"], DENSITIES, f"{WHERE}.density")
+    wanted = _wanted(experiment)
+    if not wanted:
+        raise UserError(
+            "the evaluator 'generation' needs a decoder of items: a generative one, an autoencoder without a backbone, "
+            "or with one a task in config.data.tasks whose output has a decoder"
+        )
+    for _, name, _ in wanted:
+        spaces.check_space(experiment, name, own["features"], f"{WHERE}.features")
+
+
+def generation(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
+    """Items of each modality X drawn under the conditions of the split (or of `limit` rows), beside its real items:
+
+      sample_{X}_frechet, _precision, _recall, _density, _coverage   see `distance`, in the features chosen
+      sample_{X}_diversity   mean distance of two drawn items of a class there, over that of two real ones; of any two,
+                             where there is no condition
+      sample_{X}_agreement   the share of drawn items that a classifier, fitted on real training items alone, takes for
+                             the class that was asked for; judge_{X}_accuracy: its own on the split
+      sample_{X}_seconds     per item, without compilation
+
+    With a backbone the name is {inputs}_to_{X}_… for every task of the data that ends in a modality with a decoder, be
+    it generative or not. An autoencoder without a backbone draws latents from a density: "prior", the standard normal
+    of a Gaussian posterior; "gaussian" or "mixture" (of `components` Gaussians), fitted to the latents of training
+    items, as any autoencoder can be made generative (Ghosh et al. 2020, section 4). The default is the prior where
+    there is one, else the mixture.
+
+    Options in config.eval.generation: features ("pixels", "judge", or the folder of a run), neighbours (k of precision
+    and recall), density, components, shown (items of a class in the report), seed; and the settings of the decoder's
+    `sample`, such as steps, guidance, temperature.
+    """
+    own, settings = _options(experiment)
+    weights = {"params": params, **variables}
+    measured: dict[str, float] = {}
+    samples: dict[str, tuple[str, list]] = {}
+    fitted: dict[str, tuple[spaces.Space, Judge | None]] = {}
+    for prefix, name, task in _wanted(experiment):
+        if name not in fitted:
+            fitted[name] = _space(experiment, own, name, task)
+        space, judge = fitted[name]
+        if task is None and name not in generative(experiment.model):
+            drawn = _from_density(experiment, weights, own, name, split, limit)
+        else:
+            drawn = _from_conditions(experiment, weights, own, settings, name, task, split, limit)
+        measured |= {f"{prefix}_{key}": value for key, value in _scores(own, space, drawn).items()}
+        if judge is not None and drawn.labels is not None:
+            measured[f"{prefix}_agreement"] = judge.accuracy(drawn.items, drawn.labels)
+            measured[f"judge_{name}_accuracy"] = judge.accuracy(drawn.real, drawn.labels)
+        caption = f"{task or name}: items that were drawn" + ("" if drawn.labels is None else ", by class")
+        samples[prefix] = (caption, _rows(experiment, name, drawn, own["shown"]))
+    return Evaluation(measured, samples)
+
+
+def _space(experiment, own, name, task) -> tuple[spaces.Space, Judge | None]:
+    """The features, and the judge if the data has labels."""
+    overrides = {} if task is None else {"task": task}
+    training = spaces.training_items(experiment, name, experiment.config.eval.judge_examples, **overrides)
+    space = spaces.space(experiment, name, own["features"], f"{WHERE}.features", training)
+    several = training.labels is not None and len(np.unique(training.labels)) > 1
+    return space, space.judge or (Judge(training.raw, training.labels) if several else None)
+
+
+def _from_conditions(experiment, weights, own, settings, name, task, split, limit) -> Drawn:
+    """What the model draws for the rows of the split."""
+    model = experiment.model
+    overrides = {} if task is None else {"task": task}
+    truth = experiment.dataset(split, **overrides)
+    asked = truth if task is None else experiment.dataset(split, task=task, answer=False)
+    takes = _samplers(model).get(name, set())
+    settings = {field: value for field, value in settings.items() if field in takes}
+    conditioned = model.backbone is not None or model.centre in model.encoders
+
+    def draw(weights, batch, key):
+        inputs = {field: batch[field] for field in INPUTS if field in batch}
+        out = model.apply(weights, **inputs, train=False)[1]
+        if name not in generative(model):
+            return out[name]["decoded"]
+        rows = {} if conditioned else {"batch_size": len(batch["example_mask"])}
+        return model.apply(weights, name, out, rng=key, **rows, **settings, method="sample")
+
+    step, key = experiment.jit(draw), jax.random.key(own["seed"])
+    items, real, found, seconds = [], [], [], 0.0
+    for i, ((host, batch), (full, _)) in enumerate(
+        zip(experiment.eval_batches(asked, limit), experiment.eval_batches(truth, limit), strict=True)
+    ):
+        call = (weights, batch, jax.random.fold_in(key, i))
+        if not i:
+            jax.block_until_ready(step(*call))  # compiles
+        began = time.perf_counter()
+        batch_items = jax.block_until_ready(step(*call))
+        seconds += time.perf_counter() - began
+        rows = host["example_mask"] > 0
+        items.append(experiment.fetch(batch_items)[rows, -1])
+        real.append(full["inputs"][name][rows, -1])
+        if conditioned and "label" in host:
+            found.append(host["label"].reshape(len(rows), -1)[rows, -1])
+    return Drawn(np.concatenate(items), np.concatenate(real), np.concatenate(found) if found else None, seconds)
+
+
+def _from_density(experiment, weights, own, name, split, limit) -> Drawn:
+    """What the decoder of an autoencoder makes of latents that are drawn from a density, as many as real items."""
+    read, decode = reader(experiment), decoder(experiment, name)
+    real = spaces.real_items(experiment, experiment.dataset(split), name, limit).raw
+    rows = fewest(experiment.config.eval.judge_examples)
+    training = read(weights, experiment.dataset("train", train=False), rows)[name]
+    density = own["density"] or ("prior" if training.mean is not None else "mixture")
+    if density == "prior" and training.mean is None:
+        raise UserError(f"{WHERE}.density='prior' needs an encoder with a Gaussian posterior; take 'mixture'")
+    shape = training.latents.shape[1:]
+    latents = _draw(density, training.latents.reshape(len(training.latents), -1), len(real), own).reshape(-1, *shape)
+    decode(weights, latents[:1])  # compiles
+    began = time.perf_counter()
+    items = decode(weights, latents)
+    return Drawn(items, real, None, time.perf_counter() - began)
+
+
+def _draw(density: str, latents: np.ndarray, count: int, own: Mapping[str, Any]) -> np.ndarray:
+    """float32[count, D] from a density of latents [n, D]."""
+    rng = np.random.default_rng(own["seed"])
+    if density == "prior":
+        return rng.standard_normal((count, latents.shape[1])).astype(np.float32)
+    import threadpoolctl
+    from sklearn.mixture import GaussianMixture
+
+    components = 1 if density == "gaussian" else min(own["components"], len(latents))
+    with threadpoolctl.threadpool_limits(1):
+        mixture = GaussianMixture(components, random_state=own["seed"], reg_covar=1e-4).fit(latents.astype(np.float64))
+        drawn, _ = mixture.sample(count)
+    return rng.permutation(drawn).astype(np.float32)
+
+
+def _scores(own, space: spaces.Space, drawn: Drawn) -> dict[str, float]:
+    found = {"seconds": drawn.seconds / max(len(drawn.items), 1)}
+    if min(len(drawn.items), len(drawn.real)) <= max(own["neighbours"], 1):
+        return found
+    real, items = space.features(drawn.real), space.features(drawn.items)
+    found["frechet"] = distance.frechet_distance(real, items)
+    found |= distance.manifold_scores(real, items, own["neighbours"])
+    classes = np.zeros(len(items), int) if drawn.labels is None else drawn.labels
+    among_real = distance.spread(real, classes)
+    if among_real:
+        found["diversity"] = distance.spread(items, classes) / among_real
+    return found
+
+
+def _rows(experiment, name, drawn: Drawn, shown: int) -> list[list[tuple]]:
+    """A row of cells for each class, at most ten; four rows where there are none."""
+    if drawn.labels is None:
+        rows = [("", drawn.items[i * shown : (i + 1) * shown]) for i in range(4)]
+    else:
+        classes = np.unique(drawn.labels)[:10]
+        rows = [(str(label), drawn.items[drawn.labels == label][:shown]) for label in classes]
+    return [[("text", title), *(cell(experiment, name, x) for x in items)] for title, items in rows if len(items)]
