@@ -10,7 +10,7 @@ from vfm.backbones.decoder_only import GLM, GPT2, LLAMA
 from vfm.backbones.encoder_decoder import T5
 from vfm.backbones.encoder_only import BERT
 from vfm.errors import UserError
-from vfm.generate import bucket, fill, generate, stream
+from vfm.generate import bucket, fill, generate, stream, unrolls
 
 V, D, T, NEW = 23, 16, 9, 7
 LENGTHS = (9, 6, 3, 1)
@@ -90,6 +90,12 @@ def test_greedy_equals_repeated_full_passes(style):
     unrolled = generate(model, variables, turned(batch), max_new=NEW, eos_id=V, unroll=True)
     np.testing.assert_array_equal(unrolled, expected)
     assert len(np.unique(found)) > 4  # rows differ, and go on
+
+
+@pytest.mark.parametrize("width, layers, wanted", [(256, 6, False), (768, 12, True), (4096, 32, False)])
+def test_layers_are_unrolled_where_it_pays(width, layers, wanted):
+    kernel = jax.ShapeDtypeStruct((layers, width, 10 * width), jnp.float32)
+    assert unrolls({"transformer": {"layers": {"mlp": {"kernel": kernel}}}, "norm": kernel}) == wanted
 
 
 def test_an_encoder_decoder_equals_its_repeated_full_passes():

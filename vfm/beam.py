@@ -62,7 +62,7 @@ def beam_search(
     pad_id: int | None = None,
     stop: Sequence[Sequence[int]] | np.ndarray = (),
     start_id: int | None = None,
-    unroll: bool = False,
+    unroll: bool | None = None,
     **constraints,
 ) -> tuple[jax.Array, jax.Array]:
     """The `num_return` best answers that were found: (int32[B, num_return, max_new], float32[B, num_return]).
@@ -85,7 +85,7 @@ def beam_search(
         raise UserError(f"num_return={num_return} is more than beams={beams}")
     if early_stopping not in EARLY_STOPPING:
         raise UserError(f'early_stopping={early_stopping!r} must be true, false or "never"')
-    plan = make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **constraints)
+    plan = make_plan(model, variables, batch, max_new, eos_id, pad_id, start_id, unroll, **constraints)
     if plan.sampling.temperature:
         raise UserError(f"temperature={plan.sampling.temperature} does not go with beams={beams}: set it to 0")
     options = (beams, num_return, float(length_penalty), early_stopping)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vfm import tree
 from vfm.errors import UserError, unknown
 from vfm.layers.transformer import unstack
 from vfm.model import INPUTS, layout
@@ -63,7 +64,7 @@ def generate(
     pad_id: int | None = None,
     stop: Sequence[Sequence[int]] | np.ndarray = (),
     start_id: int | None = None,
-    unroll: bool = False,
+    unroll: bool | None = None,
     rng: jax.Array | None = None,
     **sampling,
 ) -> jax.Array:
@@ -76,31 +77,31 @@ def generate(
     stop: sequences of token ids, or what `vfm.stopping.stop_strings` gives.
     start_id: what the decoder of an encoder-decoder begins with, where the batch has no `decoder_tokens`.
     unroll: compile every layer on its own for the new tokens: a longer compilation, a copy of the layers' parameters,
-      and faster steps, on CPU by a half for models of the size of GPT-2. For many calls.
+      and faster steps, on CPU nearly twice as fast for models of the size of GPT-2. None: as `unrolls` says.
     rng: one key, or a key per row; needed at a temperature > 0. A row's draws depend on its key (or its number and
       the one key) alone, not on the other rows.
     sampling: fields of `vfm.sampling.Sampling`; by default the best token is taken.
 
     Raises `UserError` for fields out of range, and for prompts too long for the backbone.
     """
-    plan = make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling)
+    plan = make_plan(model, variables, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling)
     inputs, stop = inputs_of(batch), stop_table(model, stop)
     keys = _keys(plan, rng, len(inputs["input_mask"]))
     return _generate(model, plan, variables, inputs, stop, keys)
 
 
 def stream(
-    model, variables, batch, *, max_new, eos_id, pad_id=None, stop=(), start_id=None, unroll=False, rng=None, **sampling
+    model, variables, batch, *, max_new, eos_id, pad_id=None, stop=(), start_id=None, unroll=None, rng=None, **sampling
 ):
     """As `generate`, token by token: an iterator of int32[B], at most `max_new` of them, until all rows have ended."""
-    plan = make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling)
+    plan = make_plan(model, variables, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling)
     inputs, stop = inputs_of(batch), stop_table(model, stop)
     keys = _keys(plan, rng, len(inputs["input_mask"]))
 
     def tokens() -> Iterator[jax.Array]:
         state, token, ended = _first(model, plan, variables, inputs, stop, keys)
         yield token
-        later = jax.jit(for_steps, static_argnums=0)(plan, variables) if unroll else variables
+        later = jax.jit(for_steps, static_argnums=0)(plan, variables) if plan.unroll else variables
         while not ended:
             state, token, ended = _next(model, plan, later, stop, keys, state)
             yield token
@@ -108,7 +109,18 @@ def stream(
     return tokens()
 
 
-def make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling) -> Plan:
+def unrolls(params: Any) -> bool:
+    """Whether a backbone's layers are compiled one by one for new tokens, by the size of its stacks float[L, ...].
+
+    From 4 MiB a layer on, to copy a layer out of its stack for every token costs much of the time; up to 2 GiB in all,
+    since the layers are kept a second time.
+    """
+    stacks = [leaf for path, leaf in tree.flatten(params).items() if "transformer/layers/" in path]
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in stacks)
+    return bool(stacks) and 2**22 * stacks[0].shape[0] <= size <= 2**31
+
+
+def make_plan(model, variables, batch, max_new, eos_id, pad_id, start_id, unroll, **sampling) -> Plan:
     """Checks a request against the model."""
     if model.backbone.kind == "encoder_only":
         raise UserError("an encoder-only backbone continues no text: fill masked positions with vfm.generate.fill")
@@ -133,6 +145,7 @@ def make_plan(model, batch, max_new, eos_id, pad_id, start_id, unroll, **samplin
         raise UserError(f"{max_new} new tokens do not fit in a blank of model.backbone.num_block_positions={rows}")
     eos = tuple(map(int, np.atleast_1d(eos_id)))
     pad = pad_id if pad_id is not None else eos[0] if eos else 0
+    unroll = unrolls(variables["params"]["backbone"]) if unroll is None else unroll
     return Plan(max_new, eos, int(pad), None if start_id is None else int(start_id), bool(unroll), sampling)
 
 
