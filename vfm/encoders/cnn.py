@@ -27,6 +27,8 @@ class CNNFields(nn.Module):
     norm: "none", "batch" (see `BatchNorm`: its averages are in the collection `batch_stats`, and items that only fill a
       batch count in them), or "group" (Wu & He 2018), with `groups` groups, which has no state and looks at one item
     num_classes: a classifier stands on top, and gives out["logits"] float[B, num_classes]; None: there is none
+
+    out["stages"]: the last feature map of each stage, float[B, h, w, D], in VGG before the pooling.
     """
 
     image_size: tuple[int, int] = (8, 8)
@@ -118,15 +120,16 @@ class VGG(CNNFields):
     def __call__(self, image: jax.Array, *, train: bool):
         self.check(image)
         B, P = image.shape[0], self.num_tokens
-        x = image.astype(self.dtype)
+        x, maps = image.astype(self.dtype), []
         for stage, (count, width) in enumerate(zip(self.stages, self.widths)):
             for i in range(count):
                 name = f"{stage}_{i}"
                 x = self.convolve(x, width, 3, f"conv_{name}")
                 x = nn.relu(self.normalise(x, f"norm_{name}", train=train))
+            maps.append(x)
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = x.reshape(B, P, self.width)
-        out = {"pooled": x.mean(axis=1)}
+        out = {"pooled": x.mean(axis=1), "stages": tuple(maps)}
         if self.num_classes is not None:
             if not 0 <= self.head_dropout < 1:
                 raise UserError(f"VGG: head_dropout={self.head_dropout} must be a share, from 0 to less than 1")
@@ -176,12 +179,14 @@ class ResNet(CNNFields):
         x = nn.relu(self.normalise(x, "norm_stem", train=train))
         if large:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        maps = []
         for stage, (count, width) in enumerate(zip(self.stages, self.widths)):
             for i in range(count):
                 stride = 2 if stage and not i else 1
                 x = self._block(x, width, stride, f"{stage}_{i}", train)
+            maps.append(x)
         x = x.reshape(B, P, self.width)
-        out = {"pooled": x.mean(axis=1)}
+        out = {"pooled": x.mean(axis=1), "stages": tuple(maps)}
         if self.num_classes is not None:
             out["logits"] = self.classify(out["pooled"])
         return x, out
