@@ -349,7 +349,7 @@ def gaussian_kl(mean, log_variance, other_mean, other_log_variance) -> jax.Array
 
 
 def discretised_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array, levels: int) -> jax.Array:
-    """log of the Gaussian's mass in the bin of x, one of `levels` values from -1 to 1, in nats (Ho et al. 2020, eq. 13).
+    """log of a Gaussian's mass in the bin of x, one of `levels` values from -1 to 1, in nats (Ho et al. 2020, eq. 13).
 
     The first bin reaches to -∞, the last to ∞. Differences of distribution functions are taken where both are small.
     """

@@ -8,7 +8,15 @@ import pytest
 
 from vfm.errors import UserError
 from vfm.interop.configs import rope
-from vfm.layers.positions import alibi_slopes, relative_buckets, rotary, rotate, sinusoidal
+from vfm.layers.positions import (
+    alibi_slopes,
+    relative_buckets,
+    rotary,
+    rotate,
+    sinusoidal,
+    sinusoidal_2d,
+    timestep_embedding,
+)
 
 FIXTURES = pathlib.Path(__file__).parents[3] / "shared" / "fixtures" / "functions"
 
@@ -96,3 +104,23 @@ def test_relative_buckets_equal_the_reference_library():
 def test_sinusoidal_equals_the_reference_library():
     io, size = fixture("sincos_positions", "marian")
     np.testing.assert_allclose(sinusoidal(*size), io["out/marian"], atol=2e-5)
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="no reference files")
+def test_positions_of_grids_equal_the_reference_library():
+    io, width = fixture("sincos_positions", "dim")
+    for side in (4, 8):
+        np.testing.assert_allclose(sinusoidal_2d((side, side), width), io[f"out/dit_{side}"], atol=2e-5)
+    np.testing.assert_allclose(sinusoidal_2d((6, 6), width), io["out/mae_6x6"][1:], atol=2e-5)
+    np.testing.assert_allclose(sinusoidal_2d((8, 8), width, base=(4, 4)), io["out/dit_interpolated"], atol=2e-5)
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="no reference files")
+def test_features_of_times_equal_the_reference_library():
+    io, cases = fixture("sincos_positions", "timestep_cases")
+    for n, case in enumerate(cases):
+        found = timestep_embedding(
+            jnp.asarray(io["in/timesteps"]), case["embedding_dim"],
+            cosine_first=case["flip_sin_to_cos"], shift=case["downscale_freq_shift"],
+        )  # fmt: skip
+        np.testing.assert_allclose(found, io[f"out/timestep_{n}"], atol=1e-4)

@@ -135,22 +135,41 @@ def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array], interleaved: bool =
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
-def sinusoidal(length: int, width: int) -> np.ndarray:
-    """Fixed positions float32[length, D] (Vaswani et al. 2017, section 3.5), all sines before all cosines."""
+def sinusoidal(length: int, width: int, step: float = 1.0) -> np.ndarray:
+    """Fixed positions float32[length, D] (Vaswani et al. 2017, section 3.5), all sines before all cosines.
+
+    step: distance of neighbours, less than 1 where a longer sequence covers what a shorter one did.
+    """
     half = (width + 1) // 2
-    angle = np.arange(length)[:, None] / 10_000.0 ** (2 * np.arange(half)[None] / width)
+    angle = step * np.arange(length)[:, None] / 10_000.0 ** (2 * np.arange(half)[None] / width)
     return np.concatenate([np.sin(angle), np.cos(angle[:, : width // 2])], axis=1).astype(np.float32)
 
 
-def sinusoidal_2d(grid: tuple[int, int], width: int) -> np.ndarray:
+def timestep_embedding(
+    t: jax.Array, width: int, *, cosine_first: bool = True, max_period: float = 10_000.0, shift: float = 1.0
+) -> jax.Array:
+    """Features float32[B, D] of times float[B] or int32[B]: cosines and sines of them at D / 2 frequencies.
+
+    The frequencies fall from 1 to 1 / max_period; with shift 1 the last is reached (Ho et al. 2020), with 0 it would be
+    the next. An odd D ends with a zero.
+    """
+    half = width // 2
+    frequency = np.exp(-math.log(max_period) * np.arange(half) / (half - shift)).astype(np.float32)
+    angle = t.astype(jnp.float32)[:, None] * frequency[None]
+    parts = [jnp.cos(angle), jnp.sin(angle)]
+    parts = parts if cosine_first else parts[::-1]
+    return jnp.concatenate([*parts, jnp.zeros((len(t), width % 2), jnp.float32)], axis=-1)
+
+
+def sinusoidal_2d(grid: tuple[int, int], width: int, base: tuple[int, int] | None = None) -> np.ndarray:
     """Fixed positions float32[rows · columns, D] of a grid, rows first (MAE, He et al. 2022).
 
-    The first half of the dimensions is `sinusoidal` of the column, the second half that of the row. `UserError` unless
-    4 divides D.
+    The first half of the dimensions is `sinusoidal` of the column, the second half that of the row. base: another grid,
+    whose first rows and columns mean the same share of the item. `UserError` unless 4 divides D.
     """
     if width % 4:
         raise UserError(f"sinusoidal positions of a grid need a width that 4 divides, not {width}")
-    rows, columns = (sinusoidal(side, width // 2) for side in grid)
+    rows, columns = (sinusoidal(side, width // 2, old / side) for side, old in zip(grid, base or grid))
     table = [np.broadcast_to(columns[None], (*grid, width // 2)), np.broadcast_to(rows[:, None], (*grid, width // 2))]
     return np.concatenate(table, axis=-1).reshape(-1, width)
 

@@ -48,6 +48,7 @@ class BlockFields(nn.Module):
       modulated: set by decoders: a `condition` shifts and scales what attention and MLP read and gates what they add;
         all three start as zero, so that a block starts as the identity (adaLN-Zero, Peebles & Xie 2023). It takes the
         place of the norms' own scale and bias: `norm` is then "layernorm_fixed"
+      modulation_gates: without them a `condition` shifts and scales alone, and not from zero on (adaLN)
     """
 
     num_heads: int = 2
@@ -78,6 +79,7 @@ class BlockFields(nn.Module):
     cross: bool = False
     causal: bool = False
     modulated: bool = False
+    modulation_gates: bool = True
     remat: str = "none"
     dtype: str = "float32"
 
@@ -92,10 +94,11 @@ class BlockFields(nn.Module):
         return make_norm(self.norm, epsilon=self.norm_epsilon, use_bias=bias, dtype=self.dtype, name=name)
 
     def modulated_by(self, condition: jax.Array, D: int, count: int) -> list[jax.Array]:
-        """`count` arrays float[B, 1 | T, D] of a condition float[B, D'] or float[B, T, D'], zero at the start."""
+        """`count` arrays float[B, 1 | T, D] of a condition float[B, D'] or float[B, T, D'], zero at the start if there
+        are gates."""
         condition = condition[:, None] if condition.ndim == 2 else condition
-        zeros = nn.initializers.zeros
-        layer = nn.Dense(count * D, dtype=self.dtype, kernel_init=zeros, dot_general=dot_general, name="modulation")
+        start = nn.initializers.zeros if self.modulation_gates else nn.initializers.lecun_normal()
+        layer = nn.Dense(count * D, dtype=self.dtype, kernel_init=start, dot_general=dot_general, name="modulation")
         return jnp.split(layer(jax.nn.silu(condition)), count, axis=-1)
 
 
@@ -105,9 +108,9 @@ class Block(BlockFields):
     With `cross` a second attention, over a context, stands between the two; a token that may see nothing of the context
     passes by it. The call takes positional arguments only, the first of which is (x, cache of all layers or None), and
     returns ((x, cache), out), as `nn.scan` wants. `layer` holds what differs from layer to layer: number (int32[], its
-    place in the cache), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits).
-    `shared` holds the rest: mask, bias, table and context, context_mask; local_mask and local_table for local layers;
-    condition, if `modulated`.
+    place in the cache), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits),
+    added (float[B, T, D], to what the block gives), condition (its own, if `modulated`). `shared` holds the rest: mask,
+    bias, table and context, context_mask; local_mask and local_table for local layers; condition, if `modulated`.
     """
 
     @nn.compact
@@ -128,19 +131,20 @@ class Block(BlockFields):
 
         modulation = {}
         if self.modulated:
-            parts = self.modulated_by(shared["condition"], x.shape[-1], 6)
-            modulation = {"attention": parts[:3], "mlp": parts[3:]}
+            each = 3 if self.modulation_gates else 2
+            parts = self.modulated_by(layer.get("condition", shared["condition"]), x.shape[-1], 2 * each)
+            modulation = {"attention": parts[:each], "mlp": parts[each:]}
 
         def enter(name, x):
             x = self.make_norm(f"norm_{name}")(x) if before else x
             if name in modulation:
-                shift, scale, _ = modulation[name]
+                shift, scale = modulation[name][:2]
                 x = x * (1 + scale) + shift
             return x
 
         def branch(name, y):
             y = self.make_norm(f"norm_{name}_out")(y) if after else y
-            y = y * modulation[name][2] if name in modulation else y
+            y = y * modulation[name][2] if name in modulation and self.modulation_gates else y
             return nn.Dropout(self.dropout, name=f"dropout_{name}")(y, deterministic=not train)
 
         def leave(name, x):
@@ -213,6 +217,7 @@ class Block(BlockFields):
                     y = jnp.where(shared["context_mask"].any(axis=-1)[:, 0, :, None], y, x)
                 x = y
             x = leave("mlp", x + branch("mlp", mlp(enter("mlp", x))))
+        x = x + layer["added"] if "added" in layer else x
         out["x"] = x
         return (x, cache), out
 
@@ -222,9 +227,12 @@ class Transformer(BlockFields):
 
     x: float[B, T, D] -> (float[B, T, D], out) with out["layers"]: float[L, B, T, D], the residual stream after each
     block, out["cache"], and out["router_logits"] float32[L, B, T, E] of a mixture of experts. The arguments of the
-    call are those of `Block`; `local` and `scale` have a leading layer axis. `cache`: see `Attention`. `modulated`: the
-    condition shifts and scales what the last norm gives as well.
+    call are those of `Block`; `local`, `scale`, `added` and `conditions` have a leading layer axis. `cache`: see
+    `Attention`. `modulated`: `condition` shifts and scales what the last norm gives as well, and what all blocks read
+    that have none of their own in `conditions`. last_norm: without it the stack ends with its last block.
     """
+
+    last_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -239,6 +247,8 @@ class Transformer(BlockFields):
         context=None,
         context_mask=None,
         condition=None,
+        conditions=None,
+        added=None,
         local=None,
         scale=None,
         cache=None,
@@ -260,7 +270,7 @@ class Transformer(BlockFields):
         # The cache goes from layer to layer, and each writes its part in place: cut up and put together by the scan it
         # would be copied several times for every token.
         number = None if cache is None else jnp.arange(self.depth)
-        layer = {"local": local, "scale": scale, "number": number}
+        layer = {"local": local, "scale": scale, "number": number, "added": added, "condition": conditions}
         shared = {
             "mask": mask,
             "bias": bias,
@@ -276,6 +286,8 @@ class Transformer(BlockFields):
         run = functools.partial(self._one_by_one, cut) if "0" in cut else stack
         (x, cache), out = run((x, cache), present(layer), present(shared), train)
         out["layers"], out["cache"] = out.pop("x"), cache
+        if not self.last_norm:
+            return x, out
         if self.norm_position != "post":
             x = self.make_norm("norm")(x)
         if self.modulated:
