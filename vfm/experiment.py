@@ -85,10 +85,10 @@ class Experiment:
                 f"{self.model.backbone.max_len}"
             )
         self.loss_fn = objectives.build(config.objective, self.model)
-        if getattr(self.loss_fn, "whole_batch", False) and config.train.accumulate > 1:
+        whole_batch = getattr(self.loss_fn, "whole_batch", "")
+        if whole_batch and config.train.accumulate > 1:
             raise UserError(
-                f"config.train.accumulate={config.train.accumulate}: objective {config.objective.name!r} compares the "
-                "rows of a batch with each other, and micro-batches have fewer; set config.objective.cache instead"
+                f"config.train.accumulate={config.train.accumulate}: objective {config.objective.name!r} {whole_batch}"
             )
         init = functools.partial(model_lib.init, self.model, length=config.data.length)
         params = jax.eval_shape(init, jax.random.key(0))["params"]
@@ -114,8 +114,8 @@ class Experiment:
 
     @functools.cached_property
     def tokenizer(self):
-        """The tokenizer of the config. One that is to be trained is trained on the texts of the training split, once
-        per run, and kept in the run's folder."""
+        """The tokenizer of the config. One that is to be trained is trained on the training split, once per run, and
+        kept in the run's folder."""
         cfg = self.config.tokenizer
         if not tokenizers.untrained(cfg):
             return tokenizers.build(cfg)
@@ -125,11 +125,14 @@ class Experiment:
         if distributed.is_main() and not folder.exists():
             source = self.config.data.get("source")
             if source is None:
-                raise UserError("config.tokenizer: training one needs config.data.source, with texts")
+                raise UserError(
+                    f"config.tokenizer: training one needs config.data.source, with {tokenizers.reads(cfg)}"
+                )
             # The data set tells of what is skipped when it reads the same records.
-            texts = data.texts(source, "train", [] if self.config.data.get("skip_corrupt", False) else None)
+            skipped = [] if self.config.data.get("skip_corrupt", False) else None
+            examples = data.fields(source, "train", tokenizers.reads(cfg), skipped)
             report = lambda line: print(f"tokenizer: {line}", file=sys.stderr, flush=True)
-            trained = tokenizers.train_config(plain(cfg), texts, report=report)
+            trained = tokenizers.train_config(plain(cfg), examples, report=report)
             partial = folder.with_name("tokenizer-partial")
             shutil.rmtree(partial, ignore_errors=True)
             tokenizers.save(partial, trained)

@@ -9,8 +9,9 @@ from vfm.data.items import Items
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
-from vfm.data.sources import texts
+from vfm.data.sources import fields, texts
 from vfm.data.text import Text
+from vfm.data.visual import VisualSentences
 from vfm.errors import unknown
 
 __all__ = [
@@ -24,9 +25,11 @@ __all__ = [
     "Pipeline",
     "Records",
     "Text",
+    "VisualSentences",
     "blank",
     "build",
     "eval_batches",
+    "fields",
     "texts",
 ]
 
@@ -39,6 +42,7 @@ DATASETS = {
     "parity": Parity,
     "records": Records,
     "text": Text,
+    "visual_sentences": VisualSentences,
 }
 
 

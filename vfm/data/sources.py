@@ -7,6 +7,7 @@ A damaged record raises `CorruptRecord`.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from vfm.data.arrays import Npz
 from vfm.data.audio import AudioFolder, Dtmf
@@ -14,6 +15,7 @@ from vfm.data.construct import construct
 from vfm.data.documents import Jsonl, Stdlib
 from vfm.data.image import Digits, ImageFolder
 from vfm.data.records import CorruptRecord
+from vfm.data.shapes import Shapes
 from vfm.data.tfds import Tfds
 from vfm.errors import UserError
 
@@ -24,29 +26,35 @@ SOURCES = {
     "image_folder": ImageFolder,
     "jsonl": Jsonl,
     "npz": Npz,
+    "shapes": Shapes,
     "stdlib": Stdlib,
     "tfds": Tfds,
 }
 
 
 def texts(cfg, split: str, skipped: list[str] | None = None) -> Iterator[str]:
-    """The texts of one split of a source, in order.
+    """The texts of one split of a source, in order: see `fields`."""
+    return fields(cfg, split, "text", skipped)
+
+
+def fields(cfg, split: str, name: str, skipped: list[str] | None = None) -> Iterator[Any]:
+    """The field `name` of every record of one split of a source, in order.
 
     A damaged record raises CorruptRecord; where there is a list `skipped`, its message goes there instead. Raises
-    UserError for a source without texts.
+    UserError for a source without the field.
     """
-    documents = build_source(cfg, split)
-    for index in range(len(documents)):
+    records = build_source(cfg, split)
+    for index in range(len(records)):
         try:
-            item = documents[index]
+            item = records[index]
         except CorruptRecord as error:
             if skipped is None:
                 raise
             skipped.append(str(error))
             continue
-        if "text" not in item:
-            raise UserError(f"source {cfg['name']!r} gives {', '.join(sorted(item))}, no 'text'")
-        yield item["text"]
+        if name not in item:
+            raise UserError(f"source {cfg['name']!r} gives {', '.join(sorted(item))}, no {name!r}")
+        yield item[name]
 
 
 def build_source(cfg, split: str):

@@ -6,6 +6,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from vfm.errors import UserError, unknown
 
 
@@ -38,23 +40,45 @@ def fewest(*limits: int | None) -> int:
     return min((limit for limit in limits if limit), default=0)
 
 
+def cell(experiment, name: str, item: Any) -> tuple:
+    """An item of a modality as a cell of the report: a sound, an image, or its numbers."""
+    rate = getattr(experiment.model.item_block(name), "sample_rate", None)
+    if item.ndim == 1 and rate:
+        return ("audio", item, rate)
+    if item.ndim == 3 and item.shape[-1] in (1, 3):
+        return ("image", np.clip(item, 0, 1))
+    return ("text", np.array2string(item, precision=2, threshold=8))
+
+
 from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
 from vfm.evaluate.continuation import check_continuation, continuation  # noqa: E402
+from vfm.evaluate.generation import check_generation, generation  # noqa: E402
+from vfm.evaluate.matching import check_matching, matching  # noqa: E402
 from vfm.evaluate.probe import check_probe, probe  # noqa: E402
+from vfm.evaluate.reconstruction import check_reconstruction, reconstruction  # noqa: E402
 from vfm.evaluate.retrieval import check_retrieval, retrieval  # noqa: E402
 from vfm.evaluate.text import check_text, text  # noqa: E402
+from vfm.evaluate.visual import check_visual, visual  # noqa: E402
 
 EVALUATORS = {
     "any_to_any": any_to_any,
     "continuation": continuation,
+    "generation": generation,
+    "matching": matching,
     "probe": probe,
+    "reconstruction": reconstruction,
     "retrieval": retrieval,
     "text": text,
+    "visual": visual,
 }
 CHECKS = {
     "any_to_any": check_any_to_any,
     "continuation": check_continuation,
+    "generation": check_generation,
+    "matching": check_matching,
     "probe": check_probe,
+    "reconstruction": check_reconstruction,
     "retrieval": check_retrieval,
     "text": check_text,
+    "visual": check_visual,
 }

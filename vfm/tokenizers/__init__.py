@@ -1,20 +1,24 @@
-"""Tokenizers: text to ids and back."""
+"""Tokenizers: text, or images, to ids and back."""
 
 import logging
+import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from vfm.errors import UserError
+from vfm.tokenizers import formats, palette
 from vfm.tokenizers.added import AddedToken
 from vfm.tokenizers.byte import ByteTokenizer
 from vfm.tokenizers.decoders import Stream
-from vfm.tokenizers.formats import byte_level_tokenizer, load, save, save_tiktoken
+from vfm.tokenizers.formats import byte_level_tokenizer, save_tiktoken
+from vfm.tokenizers.palette import ImageTokenizer, Palette, train_palette
 from vfm.tokenizers.split import Splitter
 from vfm.tokenizers.tokenizer import Tokenizer
 from vfm.tokenizers.training import train
 
 __all__ = [
-    "TOKENIZERS", "AddedToken", "ByteTokenizer", "Stream", "Tokenizer", "build", "load", "save", "save_tiktoken",
-    "train_bpe", "train_config", "untrained",
+    "TOKENIZERS", "AddedToken", "ByteTokenizer", "ImageTokenizer", "Palette", "Stream", "Tokenizer", "build", "load",
+    "reads", "save", "save_tiktoken", "train_bpe", "train_config", "train_palette", "untrained",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -44,10 +48,44 @@ def trained_bpe(
     return tokenizer
 
 
-TOKENIZERS = {"bpe": trained_bpe, "byte": ByteTokenizer, "file": load}
+def trained_palette(path: str = "", vocab_size: int = 0, special: tuple[str, ...] = palette.SPECIAL) -> Palette:
+    """A palette that was trained before: that of a run's folder `tokenizer`. Other fields: see `train_palette`."""
+    if not path:
+        raise UserError(
+            "tokenizer 'palette' has neither `path`, the folder of one that was trained, nor vocab_size, to train one"
+        )
+    found = palette.load_palette(path)
+    if vocab_size not in (0, found.vocab_size) or tuple(special) != found.special:
+        raise UserError(
+            f"the palette in {path!r} has {found.vocab_size} ids with {found.special}, not vocab_size={vocab_size} "
+            f"with {tuple(special)}"
+        )
+    return found
 
 
-def build(cfg: Mapping) -> ByteTokenizer | Tokenizer:
+def load(
+    path: str | pathlib.Path, *, pattern: str = "", special: Sequence[str] | Mapping[str, int] = ()
+) -> Tokenizer | Palette:
+    """The tokenizer of a file or folder, of text (see `formats.load`) or of images."""
+    if (pathlib.Path(path).expanduser() / palette.FILE).is_file():
+        return palette.load_palette(pathlib.Path(path).expanduser())
+    return formats.load(path, pattern=pattern, special=special)
+
+
+def save(path: str | pathlib.Path, tokenizer) -> None:
+    """Writes a tokenizer into a folder, where `load` finds it."""
+    if isinstance(tokenizer, ImageTokenizer):
+        tokenizer.save(path)
+    else:
+        formats.save(path, tokenizer)
+
+
+TOKENIZERS = {"bpe": trained_bpe, "byte": ByteTokenizer, "file": load, "palette": trained_palette}
+# Those that a run trains on its training split, and the field of the records that they read.
+READS = {"bpe": "text", "palette": "image"}
+
+
+def build(cfg: Mapping) -> ByteTokenizer | Tokenizer | Palette:
     """The tokenizer that `cfg.name` names, with the rest of `cfg` as its fields."""
     from vfm.data.construct import construct  # only here: worker processes need not import all of vfm.data
 
@@ -55,8 +93,13 @@ def build(cfg: Mapping) -> ByteTokenizer | Tokenizer:
 
 
 def untrained(cfg: Mapping) -> bool:
-    """Whether a config asks for a tokenizer that is to be trained first: name "bpe" with a vocab_size and no path."""
-    return cfg.get("name") == "bpe" and not cfg.get("path") and bool(cfg.get("vocab_size"))
+    """Whether a config asks for a tokenizer that is to be trained first: one of READS with a vocab_size and no path."""
+    return cfg.get("name") in READS and not cfg.get("path") and bool(cfg.get("vocab_size"))
+
+
+def reads(cfg: Mapping) -> str:
+    """The field of a source's records from which an `untrained` config's tokenizer is trained: "text" or "image"."""
+    return READS[cfg["name"]]
 
 
 def train_bpe(
@@ -91,11 +134,14 @@ def train_bpe(
     return byte_level_tokenizer(model, pattern, special)
 
 
-def train_config(cfg: Mapping, texts: Iterable[str], **options) -> Tokenizer:
-    """Trains the tokenizer that an `untrained` config asks for. options: workers and report of `train_bpe`.
+def train_config(cfg: Mapping, examples: Iterable[Any], **options) -> Tokenizer | Palette:
+    """Trains the tokenizer that an `untrained` config asks for on texts or images, as `reads` says. options: workers
+    and report of `train_bpe`.
 
     A run that trains its tokenizer as its first step, and finds it again when it resumes:
-    `if untrained(cfg): save(folder, train_config(cfg, texts))`, then `build(dict(cfg) | {"path": folder})`.
+    `if untrained(cfg): save(folder, train_config(cfg, examples))`, then `build(dict(cfg) | {"path": folder})`.
     """
     fields = {name: value for name, value in dict(cfg).items() if name not in ("name", "path")}
-    return train_bpe(texts, **fields, **options)
+    if cfg["name"] == "palette":
+        return train_palette(examples, **fields)
+    return train_bpe(examples, **fields, **options)

@@ -1,0 +1,84 @@
+"""Images alone at the centre: visual sentences, from which a task is inferred, and images pixel by pixel.
+
+    configs/lvm.py        large vision model (LVM, Bai et al. 2024) in the small: sentences of image and annotation
+                          pairs, drawn by procedure. What the annotation is, a permutation of the colours after a
+                          geometric step, must be inferred from the examples; held-out sentences have permutations
+                          that training never saw
+    configs/lvm.py:igpt   image GPT (Chen et al. 2020) on scikit-learn's digits: pixels in raster order, and a linear
+                          probe of every layer
+    configs/lvm.py:smoke  a few steps of the first
+
+Images are tokens of a palette, k-means of the pixels' colours. `visual_accuracy_n` is the share of right tokens of the
+answer after n example pairs, `visual_shuffled_accuracy_n` the control whose examples tell nothing of the task.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from vfm.backbones.decoder_only import GPT2, LLAMA
+from vfm.tokenizers.palette import SPECIAL
+
+SIZE, COLORS, PAIRS = 4, 6, 5
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    common.check_variant(arg, "lvm", ("igpt", "smoke"))
+    c = common.base()
+    c.title = "Visual sentences: the task is inferred from examples"
+    c.tokenizer = {"name": "palette", "vocab_size": len(SPECIAL) + COLORS, "special": SPECIAL, "path": ""}
+    length, answer = 1 + (2 * SIZE**2 + 2) * (PAIRS + 1), SIZE**2
+    c.model = model(len(SPECIAL) + COLORS, length + answer, LLAMA)
+    c.objective = {"name": "next_token"}
+    sizes = {"train": 20_000, "validation": 1000, "test": 1000}
+    c.data = {
+        "name": "visual_sentences",
+        "length": length,
+        "source": {"name": "shapes", "size": SIZE, "colors": COLORS, "sizes": sizes},
+        "pairs": PAIRS,
+        "tasks": ("recolor", "flip+recolor", "rotate+recolor"),
+        "targets": "annotations",
+        **common.DATA,
+    }
+    c.train.update(steps=3000, batch_size=32)
+    c.optimizer.update(learning_rate=2e-3, weight_decay=0.05)
+    c.eval.update(every=1000, evaluators=("visual",), test_limit=512)
+    if arg == "igpt":
+        igpt(c)
+    if arg == "smoke":
+        c.train.update(steps=4, batch_size=8)
+        c.optimizer.schedule.warmup_steps = 2
+        c.data.source.sizes.train = 200
+        c.eval.update(limit=8, test_limit=8, batch_size=8, visual={"pairs": (0, PAIRS)})
+        c.log.every = 2
+    return c
+
+
+def model(vocab_size: int, max_len: int, style: dict, width: int = 64, depth: int = 3) -> dict:
+    """Table of codes, backbone and head; no projectors, for the codes are the centre."""
+    return {
+        "centre": "text",
+        "encoders": {"text": {"name": "text", "vocab_size": vocab_size, "width": width}},
+        "backbone": {
+            "name": "decoder_only",
+            "width": width,
+            "depth": depth,
+            "num_heads": 4,
+            "mlp_dim": 2 * width if style["gated"] else 4 * width,
+            "max_len": max_len,
+            "remat": "dots",  # faster on CPU than to keep the results of elementwise steps
+            **style,
+        },
+        "decoders": {"text": {"name": "text", "vocab_size": vocab_size}},
+    }
+
+
+def igpt(c: ConfigDict) -> None:
+    """17 greys in raster order; the probe tells which layer knows the digit."""
+    c.title = "Image GPT on handwritten digits"
+    c.tokenizer.vocab_size = len(SPECIAL) + 17
+    c.model = model(c.tokenizer.vocab_size, 2 * 64, GPT2, depth=6)
+    del c.data.tasks, c.data.pairs, c.data.targets
+    c.data.update(length=1 + 64, source=ConfigDict({"name": "digits"}))
+    c.train.update(steps=1500, batch_size=64, ema=0.99)
+    c.model.backbone.dropout = 0.1
+    c.eval.update(every=500, evaluators=("visual",), test_limit=0)
