@@ -6,7 +6,7 @@ import numpy as np
 
 from vfm.data.pairs import Task
 from vfm.errors import UserError
-from vfm.evaluate import Evaluation
+from vfm.evaluate import Evaluation, cell
 from vfm.evaluate.judge import Judge
 from vfm.generate import generate
 
@@ -147,17 +147,9 @@ def _input_cells(experiment, host, b) -> list[Any]:
     cells = []
     for name, starts in host["starts"].items():
         for n in np.flatnonzero(starts[b] >= 0):
-            item = host["inputs"][name][b, n]
-            rate = getattr(experiment.model.encoders[name], "sample_rate", None)
-            if rate:
-                cell = ("audio", item, rate)
-            elif item.ndim == 3:
-                cell = ("image", np.clip(item, 0, 1))
-            else:
-                cell = ("text", np.array2string(item, precision=2, threshold=8))
-            cells.append((starts[b, n], cell))
+            cells.append((starts[b, n], cell(experiment, name, host["inputs"][name][b, n])))
     text = experiment.tokenizer.decode(host["tokens"][b][host["input_mask"][b]])
-    cells = [cell for _, cell in sorted(cells, key=lambda c: c[0])]
+    cells = [found for _, found in sorted(cells, key=lambda c: c[0])]
     return [*cells, ("text", text)] if text.strip() else cells
 
 

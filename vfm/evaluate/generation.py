@@ -12,7 +12,7 @@ from vfm.data.pairs import Task
 from vfm.errors import UserError, unknown
 from vfm.evaluate import Evaluation, cell, distance, fewest, spaces
 from vfm.evaluate.judge import Judge
-from vfm.evaluate.reconstruction import autoencoded, decoder, reader
+from vfm.evaluate.reconstruction import autoencoded, decoder, nearest_codes, reader
 from vfm.model import INPUTS
 from vfm.wiring import generative, labels
 
@@ -91,7 +91,7 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
     it generative or not. An autoencoder without a backbone draws latents from a density: "prior", the standard normal
     of a Gaussian posterior; "gaussian" or "mixture" (of `components` Gaussians), fitted to the latents of training
     items, as any autoencoder can be made generative (Ghosh et al. 2020, section 4). The default is the prior where
-    there is one, else the mixture.
+    there is one, else the mixture. Latents of a codebook are moved to their nearest codes.
 
     Options in config.eval.generation: features ("pixels", "judge", or the folder of a run), neighbours (k of precision
     and recall), density, components, shown (items of a class in the report), seed; and the settings of the decoder's
@@ -176,6 +176,8 @@ def _from_density(experiment, weights, own, name, split, limit) -> Drawn:
         raise UserError(f"{WHERE}.density='prior' needs an encoder with a Gaussian posterior; take 'mixture'")
     shape = training.latents.shape[1:]
     latents = _draw(density, training.latents.reshape(len(training.latents), -1), len(real), own).reshape(-1, *shape)
+    if training.codes is not None:
+        latents = nearest_codes(experiment, weights, name, latents)
     decode(weights, latents[:1])  # compiles
     began = time.perf_counter()
     items = decode(weights, latents)

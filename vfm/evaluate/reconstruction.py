@@ -9,6 +9,7 @@ from absl import logging
 from vfm.errors import UserError
 from vfm.evaluate import Evaluation, cell, distance, options, spaces
 from vfm.evaluate.probe import compare, principal
+from vfm.layers import bottleneck
 from vfm.model import INPUTS
 from vfm.wiring import generative, labels
 
@@ -145,6 +146,18 @@ def decoder(experiment, name: str):
     return run
 
 
+def nearest_codes(experiment, weights, name: str, latents: np.ndarray) -> np.ndarray:
+    """Latents float[n, P, W] moved to the nearest codes of the encoder's bottleneck."""
+
+    def move(model, x):
+        encoder = model.encoders[name]
+        scale = getattr(encoder, "scaling_factor", 1.0)
+        return encoder.quantizer(x / scale, grid=getattr(encoder, "grid", None), train=False)[0] * scale
+
+    moved = experiment.jit(lambda weights, x: experiment.model.apply(weights, x, method=move))
+    return experiment.fetch(moved(weights, latents))
+
+
 def _distances(experiment, features: str, name: str, test: Read) -> dict[str, float]:
     place = f"reconstruction_{name}"
     found = {f"{place}_mse": distance.mse(test.items, test.reconstructed).mean()}
@@ -178,7 +191,7 @@ def codes(encoder, codes: np.ndarray) -> dict[str, float]:
 
     Of a residual codebook, int[n, P, levels], the first two are means over its levels.
     """
-    size = encoder.codebook_size
+    size = codebook_size(encoder)
     levels = codes.reshape(-1, codes.shape[2] if codes.ndim == 3 else 1).T
     counts = np.stack([np.bincount(level, minlength=size) for level in levels])
     shares = counts / counts.sum(axis=1, keepdims=True)
@@ -188,6 +201,13 @@ def codes(encoder, codes: np.ndarray) -> dict[str, float]:
         "codebook_perplexity": float(np.exp(entropy).mean()),
         "code_bits": float(np.prod(codes.shape[1:]) * np.log2(size)),
     }
+
+
+def codebook_size(encoder) -> int:
+    """Codes of an encoder that says so, or of its bottleneck."""
+    if hasattr(encoder, "codebook_size"):
+        return encoder.codebook_size
+    return bottleneck.build(encoder.bottleneck, encoder.width, "model.encoders", encoder.dtype).codebook_size
 
 
 def active_units(mean: np.ndarray) -> int:

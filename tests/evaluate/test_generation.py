@@ -1,0 +1,86 @@
+"""The evaluator of what models draw."""
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from tests.evaluate.autoencoders import build, config
+from vfm.errors import UserError
+from vfm.evaluate import generation as evaluator
+from vfm.evaluate.generation import _draw
+
+HERE = "tests.evaluate.autoencoders"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
+
+
+def copies(**settings):
+    """An experiment whose model draws the items of the split themselves."""
+    return build(config(encoder={"name": f"{HERE}.Whole"}, decoder={"name": f"{HERE}.Copy"}, generation=settings))
+
+
+def evaluated(experiment, limit=100):
+    state = experiment.init_state()
+    return evaluator(experiment, state.params, state.variables, "test", limit)
+
+
+def test_copies_of_real_items_are_perfect():
+    found = evaluated(copies(features="judge")).metrics
+    assert found["sample_image_agreement"] == found["judge_image_accuracy"] > 0.9
+    assert found["sample_image_frechet"] == pytest.approx(0, abs=1e-3)
+    assert found["sample_image_diversity"] == pytest.approx(1, abs=1e-4)
+    assert [found[f"sample_image_{name}"] for name in ("precision", "recall", "coverage")] == [1, 1, 1]
+    assert 0 < found["sample_image_seconds"] < 1
+
+
+def test_settings_reach_the_sampler_and_are_seen_in_every_metric():
+    found = evaluated(copies(brightness=0.0, noise=0.01))
+    metrics = found.metrics
+    assert metrics["sample_image_agreement"] < 0.3 < metrics["judge_image_accuracy"]
+    assert metrics["sample_image_recall"] < 0.1 and metrics["sample_image_diversity"] < 0.2
+    assert metrics["sample_image_frechet"] > 1
+    _, rows = found.samples["sample_image"]
+    assert [row[0] for row in rows] == [("text", str(k)) for k in range(10)]
+    assert all(1 < len(row) <= 9 and row[1][1].max() < 0.1 for row in rows)
+
+
+@pytest.mark.parametrize("bottleneck", ["none", {"name": "vq", "codebook_size": 8, "codebook_init": "normal"}])
+def test_autoencoders_draw_latents_from_a_density(bottleneck):
+    found = evaluated(build(config(bottleneck, generation={"components": 2})), 40).metrics
+    assert "sample_image_agreement" not in found and "judge_image_accuracy" not in found  # nothing was asked for
+    assert found["sample_image_frechet"] > 0
+
+
+def test_densities():
+    rng = np.random.default_rng(0)
+    latents = np.concatenate([rng.normal(5, 1, (500, 2)), rng.normal(-5, 1, (500, 2))])
+    own = {"seed": 0, "components": 2}
+    drawn = {name: _draw(name, latents, 2000, own) for name in ("prior", "gaussian", "mixture")}
+    near = lambda x: (np.abs(np.abs(x) - 5) < 3).all(axis=1).mean()
+    assert {name: x.shape for name, x in drawn.items()} == dict.fromkeys(drawn, (2000, 2))
+    assert abs(drawn["prior"].std() - 1) < 0.05 and near(drawn["prior"]) < 0.01
+    assert abs(drawn["gaussian"].std() - latents.std()) < 0.3 and near(drawn["gaussian"]) < 0.6
+    assert near(drawn["mixture"]) > 0.98
+    assert (drawn["mixture"][:100, 0] > 0).any() and (drawn["mixture"][:100, 0] < 0).any()  # not one after the other
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"brightnes": 1.0}, "unknown field 'brightnes' in config.eval.generation; did you mean 'brightness'"),
+        ({"density": "priors"}, "unknown density 'priors'.*did you mean 'prior'"),
+        ({"features": "nowhere"}, "'nowhere' is neither 'pixels' nor 'judge' nor the folder of a run"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    with pytest.raises(UserError, match=message):
+        copies(**settings)
+
+
+def test_a_prior_needs_a_posterior():
+    with pytest.raises(UserError, match="needs an encoder with a Gaussian posterior"):
+        evaluated(build(config(generation={"density": "prior"})), 40)
