@@ -57,6 +57,7 @@ from vfm.evaluate.probe import check_probe, probe  # noqa: E402
 from vfm.evaluate.reconstruction import check_reconstruction, reconstruction  # noqa: E402
 from vfm.evaluate.retrieval import check_retrieval, retrieval  # noqa: E402
 from vfm.evaluate.text import check_text, text  # noqa: E402
+from vfm.evaluate.visual import check_visual, visual  # noqa: E402
 
 EVALUATORS = {
     "any_to_any": any_to_any,
@@ -66,6 +67,7 @@ EVALUATORS = {
     "reconstruction": reconstruction,
     "retrieval": retrieval,
     "text": text,
+    "visual": visual,
 }
 CHECKS = {
     "any_to_any": check_any_to_any,
@@ -75,4 +77,5 @@ CHECKS = {
     "reconstruction": check_reconstruction,
     "retrieval": check_retrieval,
     "text": check_text,
+    "visual": check_visual,
 }
