@@ -16,6 +16,7 @@ from vfm.data.documents import Jsonl, Stdlib
 from vfm.data.image import Digits, ImageFolder
 from vfm.data.records import CorruptRecord
 from vfm.data.shapes import Shapes
+from vfm.data.speech import Spectrograms, Speech
 from vfm.data.tfds import Tfds
 from vfm.errors import UserError
 
@@ -27,6 +28,8 @@ SOURCES = {
     "jsonl": Jsonl,
     "npz": Npz,
     "shapes": Shapes,
+    "spectrograms": Spectrograms,
+    "speech": Speech,
     "stdlib": Stdlib,
     "tfds": Tfds,
 }
