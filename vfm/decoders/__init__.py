@@ -13,6 +13,17 @@ batch_size: of a draw without condition.
 
 from vfm.decoders.autoencoder import ConvDecoder
 from vfm.decoders.classifier import Classifier
+from vfm.decoders.diffusion import Diffusion
+from vfm.decoders.latent import LatentDecoder, MLPDecoder
 from vfm.decoders.text import TextDecoder
+from vfm.decoders.var import VAR
 
-DECODERS = {"text": TextDecoder, "autoencoder": ConvDecoder, "classifier": Classifier}
+DECODERS = {
+    "text": TextDecoder,
+    "autoencoder": ConvDecoder,
+    "classifier": Classifier,
+    "diffusion": Diffusion,
+    "latent": LatentDecoder,
+    "mlp": MLPDecoder,
+    "var": VAR,
+}

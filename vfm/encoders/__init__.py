@@ -21,6 +21,8 @@ def check_item(encoder, items) -> None:
 from vfm.encoders.audio import AST, AudioTransformer  # noqa: E402
 from vfm.encoders.cnn import VGG, ResNet  # noqa: E402
 from vfm.encoders.graph import GraphEncoder  # noqa: E402
+from vfm.encoders.label import LabelEncoder  # noqa: E402
+from vfm.encoders.latent import LatentEncoder, MLPEncoder  # noqa: E402
 from vfm.encoders.text import TextEncoder, TextTransformer  # noqa: E402
 from vfm.encoders.timeseries import TimeSeries  # noqa: E402
 from vfm.encoders.vector import VectorEncoder  # noqa: E402
@@ -37,4 +39,7 @@ ENCODERS = {
     "vector": VectorEncoder,
     "timeseries": TimeSeries,
     "graph": GraphEncoder,
+    "label": LabelEncoder,
+    "latent": LatentEncoder,
+    "mlp": MLPEncoder,
 }
