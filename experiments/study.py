@@ -6,6 +6,11 @@ The config names its study in `config.study.module`, a module with three pure fu
     summarize(records) -> [{column: value}, …]  the table; a value is text, a number, or a `records.Spread`
     figure(table) -> matplotlib figure
 
+and, if it likes, two more:
+
+    expectations(table) -> [{column: value}, …]            what was expected beforehand, and whether it held
+    pictures(records, folder) -> {name: (caption, figure)} what the runs in folder/runs drew, for the report alone
+
 and whose docstring says what is measured. An override replaces a field, or a whole section.
 """
 
@@ -247,11 +252,17 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
         raise UserError(f"{folder / 'records.jsonl'} has no record of a run; --config.mode=train makes the runs")
     table = module.summarize(found)
     text = inspect.getdoc(module) or ""
-    write_atomic(folder / "table.md", f"# {config.title}\n\n{text}\n\n{records.markdown(table)}".encode())
+    expected = module.expectations(table) if hasattr(module, "expectations") else []
+    tables = [records.markdown(rows) for rows in (table, expected) if rows]
+    write_atomic(folder / "table.md", "\n\n".join([f"# {config.title}", text, "\n".join(tables)]).encode())
     page = Report(config.title)
     page.text(text)
     page.table(list(table[0]), [[_plain(value) for value in row.values()] for row in table], _caption(found))
+    if expected:
+        page.table(list(expected[0]), [list(row.values()) for row in expected], "Expected beforehand, and found")
     page.figure("study", module.figure(table))
+    for name, (caption, drawing) in getattr(module, "pictures", lambda *_: {})(found, folder).items():
+        page.figure(name, drawing, caption)
     metrics = sorted({name for run in found for name in run["metrics"]})
     page.table(
         ("run", "overrides", "parameters", "FLOPs", "tokens", "seconds", *metrics),
@@ -270,7 +281,7 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
         "All runs",
     )
     path = page.write(folder)
-    print(records.markdown(table), end="")
+    print("\n".join(tables), end="")
     print(f"wrote {folder / 'table.md'} and {path}")
     return found
 

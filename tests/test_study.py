@@ -92,6 +92,28 @@ def test_table_and_figure_come_from_the_records_alone(tmp_path, runs, capsys):
         study(config(mode="report"), str(tmp_path / "c"))
 
 
+def test_what_was_expected_and_what_the_runs_drew_stand_in_the_report(tmp_path, runs, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+
+    from tests import tiny_study
+
+    held = lambda table: [{"expected": "0.1 is best", "held": str(table[0]["loss"].mean < table[1]["loss"].mean)}]
+    seen = []
+
+    def pictures(records, folder):
+        seen.append((len(records), folder))
+        return {"drawn": ("What they drew", Figure())}
+
+    monkeypatch.setattr(tiny_study, "expectations", held, raising=False)
+    monkeypatch.setattr(tiny_study, "pictures", pictures, raising=False)
+    study(config(), str(tmp_path))
+    table = "| 0.2 | 0.70 ± 0.71 |\n\n| expected | held |\n| --- | --- |\n| 0.1 is best | True |\n"
+    assert table in capsys.readouterr().out and table in (tmp_path / "table.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "0.1 is best" in page and "What they drew" in page and (tmp_path / "figures" / "drawn.png").exists()
+    assert seen == [(4, tmp_path)]
+
+
 def test_a_line_that_a_crash_has_torn_is_made_again(tmp_path, runs):
     path = tmp_path / "records.jsonl"
     study(config((0.1,)), str(tmp_path))
