@@ -101,7 +101,7 @@ def test_each_block_may_have_its_own_embedders():
 CONTROL = jax.random.normal(jax.random.key(5), (3, 8, 12, 1))
 
 
-@pytest.mark.parametrize("conditioning", ["adaln_zero", "in_context"])
+@pytest.mark.parametrize("conditioning", [pytest.param("adaln_zero", marks=pytest.mark.slow), "in_context"])
 def test_control_changes_nothing_until_its_last_layers_are_trained(conditioning):
     fields = dict(conditioning=conditioning, **FIELDS)
     plain, model = DiT(**fields), DiT(control_depth=1, **fields)
