@@ -76,9 +76,9 @@ def igpt(c: ConfigDict) -> None:
     """17 greys in raster order; the probe tells which layer knows the digit."""
     c.title = "Image GPT on handwritten digits"
     c.tokenizer.vocab_size = len(SPECIAL) + 17
-    c.model = model(c.tokenizer.vocab_size, 2 * 64, GPT2, depth=6)
-    del c.data.tasks, c.data.pairs, c.data.targets
-    c.data.update(length=1 + 64, source=ConfigDict({"name": "digits"}))
+    c.model = model(c.tokenizer.vocab_size, 1 + 64, GPT2, depth=6)
+    del c.data.tasks, c.data.pairs, c.data.targets, c.data.source
+    c.data.update(length=1 + 64, source={"name": "digits"})
     c.train.update(steps=1500, batch_size=64, ema=0.99)
     c.model.backbone.dropout = 0.1
-    c.eval.update(every=500, evaluators=("visual",), test_limit=0)
+    c.eval.update(every=500, evaluators=("visual", "probe"), test_limit=0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfm.data.passages import Passages
+from vfm.data.records import stream
 from vfm.errors import UserError, unknown
 from vfm.evaluate import Evaluation, check_length, fewest, options
 from vfm.model import INPUTS, example_batch
@@ -128,12 +129,40 @@ def _mean(x: jax.Array, input_mask: jax.Array) -> jax.Array:
 LABELS = {"jsonl": "label_field", "stdlib": "label"}
 
 
+class Images:
+    """One image in a row, as a data set of visual sentences gives it, with labels; at most `most` of them, at random.
+
+    The interface is that of `Passages`, each image a document of its own.
+    """
+
+    def __init__(self, dataset, most: int = 0):
+        if dataset.labels is None:
+            raise UserError("the evaluator 'probe' needs images with labels; the source has none")
+        self.dataset, labels = dataset, np.asarray(dataset.labels)
+        order = stream(0, "images").permutation(len(labels))
+        self.documents = order[labels[order] >= 0][: most or None]
+        self.labels = labels[self.documents]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def example(self, index: int, rng: np.random.Generator | None = None) -> dict:
+        """Image `index`; nothing of it is to be predicted."""
+        row = self.dataset.example(int(self.documents[index]), rng)
+        return {**row, "loss_mask": np.zeros_like(row["loss_mask"])}
+
+
 def check_probe(experiment) -> None:
-    """Refuses a config without labelled text, passages that are too long, and features that the model does not have."""
+    """Refuses a config without labelled text or images, passages that are too long, and features that the model does
+    not have."""
     chosen, model = options(experiment, "probe", OPTIONS), experiment.model
     source = experiment.config.data.get("source")
-    if experiment.config.data.name != "text" or source is None:
-        raise UserError("the evaluator 'probe' needs config.data.name='text', with a source that has labels")
+    visual = experiment.config.data.name == "visual_sentences" and not experiment.config.data.get("tasks")
+    if not visual and (experiment.config.data.name != "text" or source is None):
+        raise UserError(
+            "the evaluator 'probe' needs config.data.name='text', with a source that has labels, or 'visual_sentences' "
+            "of one image"
+        )
     field = LABELS.get(source.name)
     if field and not source.get(field):
         raise UserError(f"the evaluator 'probe' needs labels: set config.data.source.{field}")
@@ -149,7 +178,7 @@ def _names(model, chosen: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def probe(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
-    """Accuracy of a linear probe for the labels of the source, on frozen features of passages of the split.
+    """Accuracy of a linear probe for the labels of the source, on frozen features of passages or images of the split.
 
       probe_accuracy         trained on the training split, with the features that `fit` chooses there
       probe_random_accuracy  the same for the untrained model: what architecture and words alone give
@@ -164,6 +193,8 @@ def probe(experiment, params, variables, split: str, limit: int | None) -> Evalu
     read = reader(experiment, _names(experiment.model, chosen))
 
     def passages(split, most):
+        if experiment.config.data.name == "visual_sentences":
+            return Images(experiment.dataset(split), most)
         return Passages(
             experiment.config.data.source,
             split=split,

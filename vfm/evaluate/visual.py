@@ -16,10 +16,11 @@ def check_visual(experiment) -> None:
     data, chosen = experiment.config.data, options(experiment, "visual", OPTIONS)
     if data.name != "visual_sentences":
         raise UserError(f"the evaluator 'visual' needs config.data.name='visual_sentences', not {data.name!r}")
-    if max(chosen["pairs"], default=0) > data.get("pairs", 0) or min(chosen["pairs"], default=0) < 0:
-        raise UserError(f"config.eval.visual.pairs={chosen['pairs']} must be from 0 to config.data.pairs={data.pairs}")
+    pairs = data.get("pairs", 0)
+    if data.get("tasks") and not all(0 <= n <= pairs for n in chosen["pairs"]):
+        raise UserError(f"config.eval.visual.pairs={chosen['pairs']} must be from 0 to config.data.pairs={pairs}")
     # Of an image P tokens; a row holds one with <bos>, or pairs of two with two tokens between, and <bos>.
-    longest = data.length - 1 if not data.get("tasks") else (data.length - 1) // (2 * data.pairs + 2) - 1
+    longest = (data.length - 1) // (2 * pairs + 2) - 1 if data.get("tasks") else 0
     check_length("visual", data.length + longest, experiment.model)
 
 
