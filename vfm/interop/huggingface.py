@@ -14,8 +14,8 @@ from vfm import model as model_lib
 from vfm import sharding, tree
 from vfm.blocks import TABLES, build_block
 from vfm.errors import UserError, unknown
-from vfm.interop import audio, bart, bert, clip, gpt, llama, llava, t5, vit
-from vfm.interop.weights import Family, Tensor
+from vfm.interop import audio, bart, bert, clip, diffusers, gpt, llama, llava, t5, vit
+from vfm.interop.weights import Family, Files, Tensor, read_config
 from vfm.model import VFM
 
 FAMILIES: dict[str, Family] = {
@@ -52,6 +52,8 @@ def load(
       fields: other values for fields of the backbone, or of the encoders that have them where there is no backbone,
         such as remat="full", dropout=0.1, any_size=True.
 
+    Folders in the layout of `diffusers` are read by `vfm.interop.diffusers`.
+
     `model.apply(variables, tokens=int32[B, T], input_mask=bool[B, T], train=False)` gives (logits, out), see `VFM`;
     encoder–decoders also take decoder_tokens, and models of images inputs={"image": float[B, N, H, W, C]}, normalised
     as they were in training (CLIP and SigLIP also "text": int32[B, N, T], all positions filled). Those of sounds take
@@ -61,13 +63,15 @@ def load(
     another shape, or has no place.
     """
     folder = pathlib.Path(path).expanduser()
-    c = _config(folder, "config.json")
+    c = read_config(folder, "config.json")
     if (folder / f"{_FRONT_END}.json").is_file():
-        c[_FRONT_END] = _config(folder, f"{_FRONT_END}.json")
+        c[_FRONT_END] = read_config(folder, f"{_FRONT_END}.json")
+    if "_class_name" in c:
+        return diffusers.load(path, mesh=mesh, rules=rules, param_dtype=param_dtype, dtype=dtype, **fields)
     kind = c.get("model_type")
     if kind not in FAMILIES:
         raise unknown("model_type", kind, FAMILIES, f"{folder / 'config.json'}")
-    family, files = FAMILIES[kind], _Files(folder)
+    family, files = FAMILIES[kind], Files(folder)
     head = _head(c, kind, family, files.names)
     try:
         cfg = family.read(c, head)
@@ -308,75 +312,6 @@ def _tied(model: VFM) -> bool:
     return bool(getattr(model.decoders.get("text"), "tied", False))
 
 
-def _config(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    file = folder / name
-    if not folder.is_dir():
-        raise UserError(f"interop: {folder} is not a folder; give one with config.json and *.safetensors")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"interop: {file} does not exist") from None
-    except ValueError as error:
-        raise UserError(f"interop: {file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"interop: {file} holds a {type(found).__name__}, not an object")
-    return found
-
-
-class _Files:
-    """The tensors of a folder by name, read when asked for."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"interop: {index} is damaged: {error}") from None
-        else:
-            files = sorted(file.name for file in folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"interop: {folder} has no *.safetensors file")
-        self.open: dict[str, Any] = {}
-        self.where: dict[str, str] = {}
-        for file in files:
-            self.where |= dict.fromkeys(self._open(file).keys(), file)
-
-    def _open(self, file: str):
-        from safetensors import SafetensorError, safe_open
-
-        if file not in self.open:
-            path = self.folder / file
-            if not path.is_file():
-                raise UserError(f"interop: {path} does not exist; the index names it")
-            try:
-                self.open[file] = safe_open(path, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"interop: {path} is not a safetensors file: {error}") from None
-        return self.open[file]
-
-    @property
-    def names(self) -> list[str]:
-        """As they stand in the files."""
-        return list(self.where)
-
-    def find(self, name: str, prefix: str) -> str:
-        """The name in the files of a tensor of the weight map, where `@` is the prefix, or nothing.
-
-        Files older than safetensors call scale and bias of norms gamma and beta.
-        """
-        for full in dict.fromkeys((name.replace("@", prefix), name.replace("@", ""))):
-            older = full.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-            for spelling in (full, older):
-                if spelling in self.where:
-                    return spelling
-        raise UserError(f"{self.folder}: the tensor {name.replace('@', prefix)} is missing")
-
-    def read(self, name: str) -> np.ndarray:
-        return self._open(self.where[name]).get_tensor(name)
-
-
 class _Parts:
     """A parameter under way: the pieces of it that this process's devices hold."""
 
@@ -414,7 +349,7 @@ def _counts(row: Tensor, shapes) -> tuple[int, int]:
     return depth, shapes[0][1] if "{e}" in row.name else 1
 
 
-def _place(row: Tensor, family: Family, files: _Files, parts, shapes, used: set[str]) -> None:
+def _place(row: Tensor, family: Family, files: Files, parts, shapes, used: set[str]) -> None:
     """Reads the tensors of one row of the weight map into their parameters."""
     for path in row.paths:
         if path not in shapes:

@@ -1,9 +1,13 @@
 """Weight maps: which tensor of a published checkpoint is which parameter, and in what layout."""
 
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from vfm.errors import UserError
 
 
 class Form(NamedTuple):
@@ -93,3 +97,73 @@ class Family(NamedTuple):
     prefix: str
     ignored: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ("text",)
+
+
+def read_config(folder: pathlib.Path, name: str = "config.json") -> dict[str, Any]:
+    """The object in a JSON file; `UserError` for a file that is missing or is none."""
+    file = folder / name
+    if not folder.is_dir():
+        raise UserError(f"interop: {folder} is not a folder; give one with config.json and *.safetensors")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"interop: {file} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"interop: {file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"interop: {file} holds a {type(found).__name__}, not an object")
+    return found
+
+
+class Files:
+    """The tensors of a folder by name, read when asked for."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(f"interop: {index} is damaged: {error}") from None
+        else:
+            files = sorted(file.name for file in folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"interop: {folder} has no *.safetensors file")
+        self.open: dict[str, Any] = {}
+        self.where: dict[str, str] = {}
+        for file in files:
+            self.where |= dict.fromkeys(self._open(file).keys(), file)
+
+    def _open(self, file: str):
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self.open:
+            path = self.folder / file
+            if not path.is_file():
+                raise UserError(f"interop: {path} does not exist; the index names it")
+            try:
+                self.open[file] = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"interop: {path} is not a safetensors file: {error}") from None
+        return self.open[file]
+
+    @property
+    def names(self) -> list[str]:
+        """As they stand in the files."""
+        return list(self.where)
+
+    def find(self, name: str, prefix: str) -> str:
+        """The name in the files of a tensor of the weight map, where `@` is the prefix, or nothing.
+
+        Files older than safetensors call scale and bias of norms gamma and beta.
+        """
+        for full in dict.fromkeys((name.replace("@", prefix), name.replace("@", ""))):
+            older = full.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+            for spelling in (full, older):
+                if spelling in self.where:
+                    return spelling
+        raise UserError(f"{self.folder}: the tensor {name.replace('@', prefix)} is missing")
+
+    def read(self, name: str) -> np.ndarray:
+        return self._open(self.where[name]).get_tensor(name)
