@@ -198,12 +198,13 @@ class Experiment:
 
     def check_data(self, *splits: str) -> None:
         """Opens the datasets of the splits and reads one example of each: bad data is told before compilation."""
+        check_row = getattr(self.loss_fn, "check_row", lambda row, what: None)
         for split in splits:
             dataset = self.dataset(split)
             if not len(dataset):
                 raise UserError(f"the {split} split has no examples")
             try:
-                dataset.example(0, pipeline.rng(self.config.seed, 0))
+                check_row(dataset.example(0, pipeline.rng(self.config.seed, 0)), f"row 0 of the {split} split")
             except CorruptRecord:
                 if not self.config.data.get("skip_corrupt", False):
                     raise

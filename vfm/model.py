@@ -14,7 +14,7 @@ from vfm.blocks import TABLES, build_block
 from vfm.data.interleave import Layout, Modality
 from vfm.errors import UserError, unknown
 from vfm.sharding import constrain
-from vfm.wiring import check, generative, labels, modalities, num_signals, reads_two
+from vfm.wiring import check, controls, generative, labels, modalities, num_signals, reads_two
 
 # Arguments that go to the backbone as they are, where it has them.
 BACKBONE_INPUTS = (
@@ -73,8 +73,9 @@ class VFM(nn.Module):
     out["output"] float[B, T, D] what it gave; out[X] has features float[B, N, P, W] = ME(item), predicted
     float[B, N, P, W] = OP(hidden states of the signals), recovered float[B, N, P, W] = OP(hidden states of the slots of
     a masked item), decoded and reconstructed float[B, N, *item_shape] = MD(predicted) and MD(features), where blocks
-    exist; for a generative decoder condition float[B, N, P, W] in place of predicted, and losses {name: float[B, N]};
-    for labels logits and pooled float[B, D]. With an alignment
+    exist, and encoder and decoder, the dicts of ME(item) and MD(features), of B·N items; for a generative decoder
+    condition float[B, N, P, W] in place of predicted, and losses {name: float[B, N]}; for labels logits and pooled
+    float[B, D]. With an alignment
     out[X]["embedding"]: float32[B, N, E]; out["logit_scale"]: float32[], at most max_scale; and out["logit_bias"].
     """
 
@@ -161,7 +162,7 @@ class VFM(nn.Module):
         for name, at in signal_starts.items():
             if name in self.signals:
                 hidden = gather(x, at, self.signals[name].shape[0])
-                out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, inputs.get(name), train)}
+                out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, inputs, train)}
         for name, which in masked.items():
             hidden = self._project_out(name, gather(x, starts[name], which.shape[2]), train)
             out[name]["recovered"] = hidden.reshape(*which.shape[:2], *hidden.shape[1:])
@@ -255,15 +256,16 @@ class VFM(nn.Module):
                     summary = _summary(features, out[name]["encoder"]).reshape(*lead, -1)
         for name in generative(self):
             items = inputs.get(name)
+            given = items if items is not None else inputs.get(controls(self).get(name))
             if condition is not None:
                 if items is not None and items.shape[:2] != lead:
                     raise UserError(
                         f"the model generates an item of {name} from each item of {self.centre}, but the batch has "
                         f"{list(items.shape[:2])} of {name} and {list(lead)} of {self.centre}"
                     )
-                found = self._generate(name, condition, lead, items, train)
-            elif items is not None and self.centre not in self.encoders:
-                found = self._generate(name, None, items.shape[:2], items, train)
+                found = self._generate(name, condition, lead, inputs, train)
+            elif given is not None and self.centre not in self.encoders:
+                found = self._generate(name, None, given.shape[:2], inputs, train)
             else:
                 continue
             out[name] = {**out.get(name, {}), **found}
@@ -272,10 +274,10 @@ class VFM(nn.Module):
     def _reconstruct(self, name, features, items, train, out):
         """Puts MD(features) into out[name], if there is a decoder that takes the encoder's features."""
         if name in self.decoders and name not in (*generative(self), *labels(self)):
-            item, _ = self.decoders[name](features, train=train)
+            item, out[name]["decoder"] = self.decoders[name](features, train=train)
             out[name]["reconstructed"] = item.reshape(*items.shape[:2], *item.shape[1:])
 
-    def _generate(self, name, hidden, lead, items, train):
+    def _generate(self, name, hidden, lead, inputs, train):
         """What `out` holds of the items [B, N, …] generated from hidden float[B·N, K, D], or from nothing (None)."""
         predicted = None if hidden is None else self._project_out(name, hidden, train)
         if name not in generative(self):
@@ -285,8 +287,17 @@ class VFM(nn.Module):
                 out["decoded"] = item.reshape(*lead, *item.shape[1:])
             return out
         out = {} if predicted is None else {"condition": predicted.reshape(*lead, *predicted.shape[1:])}
+        items, control = inputs.get(name), inputs.get(controls(self).get(name))
+        more = {}
+        if control is not None:
+            if control.shape[:2] != tuple(lead):
+                raise UserError(
+                    f"the batch has {list(control.shape[:2])} items of {controls(self)[name]}, which control the "
+                    f"{list(lead)} items of {name}"
+                )
+            out["control"], more["control"] = control, control.reshape(-1, *control.shape[2:])
         if items is not None and (self.has_rng("noise") or self.is_initializing()):
-            _, found = self.decoders[name](predicted, items.reshape(-1, *items.shape[2:]), train=train)
+            _, found = self.decoders[name](predicted, items.reshape(-1, *items.shape[2:]), **more, train=train)
             out["losses"] = {term: loss.reshape(lead) for term, loss in found["losses"].items()}
         return out
 
@@ -298,7 +309,10 @@ class VFM(nn.Module):
         """
         if name not in generative(self):
             raise unknown("modality", name, generative(self), "the generative decoders of the model")
-        condition = out.get(name, {}).get("condition")
+        condition, control = (out.get(name, {}).get(field) for field in ("condition", "control"))
+        if control is not None:
+            settings = {"control": control.reshape(-1, *control.shape[2:]), **settings}
+            batch_size = batch_size or len(settings["control"])
         if condition is None:
             return self.decoders[name].sample(None, rng=rng, batch_size=batch_size or 1, **settings)[:, None]
         lead = condition.shape[:2]
@@ -312,8 +326,10 @@ class VFM(nn.Module):
         return self.discriminators[name](items.reshape(-1, *items.shape[2:]), train=train)
 
     def item_block(self, name: str) -> nn.Module:
-        """The block of a modality that says what its raw items are: its encoder, or else its decoder."""
-        return self.encoders[name] if name in self.encoders else self.decoders[name]
+        """What says what the raw items of a modality are: its encoder, or its decoder, or the one that it controls."""
+        if name in self.encoders or name in self.decoders:
+            return self.encoders[name] if name in self.encoders else self.decoders[name]
+        return next(self.decoders[of].control_item for of, source in controls(self).items() if source == name)
 
     def init_cache(self, batch_size: int, length: int, encoder_length: int | None = None):
         """The backbone's empty cache for `length` tokens, and `encoder_length` of the encoder of an encoder–decoder."""
@@ -369,7 +385,7 @@ def example_batch(model: VFM, length: int, batch_size: int = 1) -> dict[str, Any
     inputs = {
         name: jax.ShapeDtypeStruct((batch_size, 1, *m.item_shape), jnp.dtype(m.dtype))
         for name, m in shapes.items()
-        if name in model.encoders or name in generative(model)
+        if name in model.encoders or name in generative(model) or name in controls(model).values()
     }
     if model.backbone is None:
         return {"inputs": inputs}

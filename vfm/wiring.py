@@ -17,9 +17,23 @@ def generative(model) -> tuple[str, ...]:
     return tuple(sorted(name for name, block in model.decoders.items() if getattr(block, "generative", False)))
 
 
+def autoencoded(model) -> tuple[str, ...]:
+    """The modalities whose encoder and decoder are the two halves of an autoencoder, sorted."""
+    return tuple(sorted({*model.encoders} & {*model.decoders} - {*generative(model), *labels(model), "text"}))
+
+
+def controls(model) -> dict[str, str]:
+    """X -> the modality whose items control what the generative decoder of X draws, for decoders that have one."""
+    found = {name: getattr(model.decoders[name], "control", None) for name in generative(model)}
+    for name, control in found.items():
+        if control is not None and "from" not in control:
+            raise UserError(f"model.decoders.{name}.control needs the field 'from', the modality that controls")
+    return {name: control["from"] for name, control in found.items() if control is not None}
+
+
 def modalities(model) -> tuple[str, ...]:
     """The modalities that the model knows, sorted, but for text that is tokens of the sequence; labels are none."""
-    known = {*model.encoders, *model.decoders, *model.output_projectors}
+    known = {*model.encoders, *model.decoders, *model.output_projectors, *controls(model).values()}
     return tuple(sorted(known - ({*labels(model)} if text_is_item(model) else {"text", *labels(model)})))
 
 

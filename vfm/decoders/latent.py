@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from vfm.encoders.latent import LatentFields, perceptron
-from vfm.errors import UserError
+from vfm.errors import UserError, unknown
 from vfm.layers.conv import Middle, Upsample, conv, group_norm
+
+OUTPUTS = ("linear", "sigmoid")
 
 
 def check_features(decoder, x: jax.Array) -> None:
@@ -20,11 +22,16 @@ def check_features(decoder, x: jax.Array) -> None:
         )
 
 
-def spread(decoder) -> dict[str, jax.Array]:
-    """log_scale float32[] of a decoder whose field learned_scale says so: the logarithm of the noise's σ, learned."""
-    if not decoder.learned_scale:
-        return {}
-    return {"log_scale": decoder.param("log_scale", nn.initializers.zeros, (), jnp.float32)}
+def finish(decoder, y: jax.Array, centred: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(item, out) of what the last layer of a decoder gives, as its fields output and learned_scale say."""
+    if decoder.output not in OUTPUTS:
+        raise unknown("output", decoder.output, OUTPUTS, f"model.decoders ({type(decoder).__name__})")
+    out = {}
+    if decoder.learned_scale:
+        out["log_scale"] = decoder.param("log_scale", nn.initializers.zeros, (), jnp.float32)
+    if decoder.output == "sigmoid":
+        return nn.sigmoid(y), {**out, "logits": y}
+    return (0.5 * y + 0.5 if centred else y), out
 
 
 class LatentDecoder(LatentFields):
@@ -32,14 +39,18 @@ class LatentDecoder(LatentFields):
 
     features float[B, P, W'] -> (item float[B, H, W, C], out). Fields: `LatentFields`, as the encoder has them, and
       in_width: W', checked if it is given
-      learned_scale: out["log_scale"] float32[], a learned number for the `reconstruction` objective
+      output: "linear", what the last convolution gives, y (with `centred` (y + 1) / 2); "sigmoid": sigmoid(y), and
+        out["logits"] is y, for the Bernoulli likelihood
+      learned_scale: out["log_scale"] float32[], the learned logarithm of the scale of the noise of a likelihood
 
-    With `centred` the item is (y + 1) / 2 of what the convolutions give, in [0, 1] if they are in [-1, 1]; there is no
-    bound. Another number of features raises `UserError`.
+    Another number of features raises `UserError`.
     """
 
     in_width: int | None = None
+    output: str = "linear"
     learned_scale: bool = False
+
+    last_layer = "conv_out"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool):
@@ -56,14 +67,14 @@ class LatentDecoder(LatentFields):
                 x = Upsample(self.dtype, name=f"up_{level}")(x)
         x = nn.silu(group_norm(self.groups, self.dtype, "norm_out")(x))
         x = conv(self.channels, self.dtype, "conv_out")(x)
-        return (0.5 * x + 0.5 if self.centred else x), spread(self)
+        return finish(self, x, self.centred)
 
 
 class MLPDecoder(nn.Module):
     """Perceptron of an autoencoder: features float[B, num_tokens, W] -> (item float[B, *item_shape], out).
 
     The mirror of `MLPEncoder`: dense layers of `hidden` sizes with the activation, then one that gives the item's
-    numbers (logits, for the Bernoulli likelihood). learned_scale, in_width: see `LatentDecoder`.
+    numbers. in_width, output, learned_scale: see `LatentDecoder`.
     """
 
     item_shape: tuple[int, ...] = (8, 8, 1)
@@ -71,12 +82,15 @@ class MLPDecoder(nn.Module):
     activation: str = "tanh"
     num_tokens: int = 1
     in_width: int | None = None
+    output: str = "linear"
     learned_scale: bool = False
     dtype: str = "float32"
+
+    last_layer = "projection"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool):
         check_features(self, x)
         x = perceptron(x.reshape(len(x), -1), self.hidden, self.activation, self.dtype, "model.decoders (mlp)")
         x = nn.Dense(math.prod(self.item_shape), dtype=self.dtype, name="projection")(x)
-        return x.reshape(len(x), *self.item_shape), spread(self)
+        return finish(self, x.reshape(len(x), *self.item_shape))

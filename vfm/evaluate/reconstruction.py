@@ -11,7 +11,7 @@ from vfm.evaluate import Evaluation, cell, distance, options, spaces
 from vfm.evaluate.probe import compare, principal
 from vfm.layers import bottleneck
 from vfm.model import INPUTS
-from vfm.wiring import generative, labels
+from vfm.wiring import autoencoded
 
 OPTIONS = {"features": "pixels", "probe_examples": 0, "shown": 8, "interpolations": 4}
 ACTIVE = 0.01  # variance of the posterior mean over the data, from which a latent counts as active
@@ -29,11 +29,6 @@ class Read(NamedTuple):
     latents: np.ndarray
     mean: np.ndarray | None
     codes: np.ndarray | None
-
-
-def autoencoded(model) -> tuple[str, ...]:
-    """The modalities whose encoder and decoder are the two halves of an autoencoder, sorted."""
-    return tuple(sorted({*model.encoders} & {*model.decoders} - {*generative(model), *labels(model), "text"}))
 
 
 def check_reconstruction(experiment) -> None:
