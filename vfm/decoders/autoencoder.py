@@ -23,6 +23,8 @@ class ConvDecoder(nn.Module):
     in_width: int | None = None
     dtype: str = "float32"
 
+    last_layer = "conv_out"
+
     @property
     def num_tokens(self) -> int:
         return self.grid[0] * self.grid[1]

@@ -80,3 +80,65 @@ def difference(found, wanted) -> float:
     if found.shape != wanted.shape:
         raise ValueError(f"shapes {found.shape} and {wanted.shape}")
     return float(np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max()))
+
+
+def adaptive(seed: int = 0) -> float:
+    """Largest relative difference of the adaptive weight λ of VQGAN, with hinge loss and a PatchGAN: ours in a step of
+    training, and torch's from two calls of autograd at the last convolution of the same decoder."""
+    import torch
+
+    from vfm import model as model_lib
+    from vfm import objectives
+
+    shape = (16, 16, 1)
+    encoder = {"name": "vgg", "image_size": shape[:2], "stages": (1, 1), "widths": (8, 8), "norm": "none"}
+    model = model_lib.build(
+        {
+            "centre": "image",
+            "backbone": None,
+            "encoders": {"image": encoder},
+            "decoders": {"image": {"name": "autoencoder", "grid": (4, 4), "upsample": (4,), "conv_width": 8}},
+            "discriminators": {"image": {"name": "patchgan", "width": 4, "depth": 2, "norm": "batch"}},
+        }
+    )
+    variables = dict(jax.jit(lambda key: model_lib.init(model, key, 8))(jax.random.key(seed)))
+    params = variables.pop("params")
+    fields = {"name": "adversarial", "loss": "hinge", "weight": 1.0, "reconstruction": {"likelihood": "l1"}}
+    loss_fn = objectives.build(fields, model)
+    variables |= loss_fn.variables(params)
+    images = np.random.default_rng(seed).uniform(size=(ROWS, 1, *shape)).astype(np.float32)
+    _, aux = jax.jit(
+        lambda p, v, x: loss_fn(p, v, {"inputs": {"image": x}}, jax.random.key(0), train=True)
+    )(params, variables, images)  # fmt: skip
+
+    # What the last convolution reads, and its weights, are ours; all after it is torch's.
+    (_, _), state = model.apply(
+        {"params": params, **variables},
+        inputs={"image": images},
+        train=False,
+        capture_intermediates=lambda module, _: module.name == "norm",
+        mutable=["intermediates"],
+    )
+    (before,) = state["intermediates"]["decoders_image"]["norm"]["__call__"]
+    before = torch.as_tensor(np.array(jax.nn.gelu(before))).permute(0, 3, 1, 2)
+    run, names = torch_patchgan(model.discriminators["image"], 1)
+    flat = tree.flatten(params["discriminators_image"])
+    with torch.no_grad():
+        for name, layer in names.items():
+            for kind, parameter in layer.named_parameters():
+                key = f"{name}/bias" if kind == "bias" else f"{name}/{'scale' if parameter.ndim == 1 else 'kernel'}"
+                value = np.array(flat[key])
+                parameter.copy_(torch.as_tensor(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value))
+    last = torch.nn.Conv2d(8, 1, 3, padding=1)
+    with torch.no_grad():
+        own = params["decoders_image"]["conv_out"]
+        last.weight.copy_(torch.as_tensor(np.array(own["kernel"]).transpose(3, 2, 0, 1)))
+        last.bias.copy_(torch.as_tensor(np.array(own["bias"])))
+    fake = last(before)
+    reconstruction = (fake - torch.as_tensor(images[:, 0]).permute(0, 3, 1, 2)).abs().mean()
+    norms = [
+        torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm()
+        for loss in (reconstruction, -run(fake).mean())
+    ]
+    wanted = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4)
+    return abs(float(aux.metrics["adaptive_weight_image"][0]) / float(wanted) - 1.0)
