@@ -12,7 +12,7 @@ import numpy as np
 from vfm import model as model_lib
 from vfm import sharding, tree
 from vfm.errors import UserError, unknown
-from vfm.interop import dit
+from vfm.interop import autoencoder, dit
 from vfm.interop.weights import Files, read_config
 from vfm.model import VFM
 
@@ -20,8 +20,8 @@ from vfm.model import VFM
 #   read(config.json, tensors) -> config.model
 #   parameters(config.model, take) -> {path: array}; take(name) is a tensor of the folder
 #   write(model) -> config.json, or None if this family cannot say what the model is
-#   tensors(model, {path: array}) -> {name: array}
-FAMILIES: dict[str, Any] = {"DiTTransformer2DModel": dit}
+#   tensors(model, {path: array}) -> {name: array}; the paths of what has no gradient begin with `codebook/`
+FAMILIES: dict[str, Any] = {"DiTTransformer2DModel": dit, **autoencoder.FAMILIES}
 _FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -84,7 +84,8 @@ def save(path: str, model: VFM, variables: Mapping[str, Any]) -> None:
     if kind is None:
         raise UserError(f"interop: none of {', '.join(FAMILIES)} can express this model")
     host = lambda x: multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
-    params = {place: host(leaf) for place, leaf in tree.flatten(variables["params"]).items()}
+    codebook = {"codebook": variables["codebook"]} if "codebook" in variables else {}
+    params = {place: host(leaf) for place, leaf in tree.flatten({**variables["params"], **codebook}).items()}
     if jax.process_index() != 0:
         return
     folder = pathlib.Path(path).expanduser()
