@@ -1,6 +1,7 @@
 """Generative decoder that turns noise into items under a condition, by diffusion or flow matching."""
 
 import math
+import types
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -52,9 +53,9 @@ class Diffusion(nn.Module):
     generative = True
 
     @property
-    def control_shape(self) -> tuple[int, int, int]:
-        """Shape of an item of the modality control["from"]."""
-        return (*self.item_shape[:2], self.control.get("channels", 1))
+    def control_item(self) -> types.SimpleNamespace:
+        """What an item of the modality control["from"] is, as blocks declare it."""
+        return types.SimpleNamespace(item_shape=(*self.item_shape[:2], self.control.get("channels", 1)))
 
     def setup(self):
         from vfm.blocks import TABLES, build_block  # only here: it imports all decoders
