@@ -5,6 +5,8 @@ several pairs (survey section 1.3, bridging: ImageBind, CoDi) each has items of 
 modality takes the k-th of its items in the row.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -120,6 +122,26 @@ def uncut(x: jax.Array) -> jax.Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
+def check_paired(model, pairs: Sequence[tuple[str, str]], where: str) -> None:
+    """Refuses a model with an encoder that no pair trains."""
+    unpaired = set(model.encoders) - {name for pair in pairs for name in pair}
+    if unpaired:
+        raise UserError(f"{where}: no pair names {', '.join(sorted(unpaired))}; without one nothing trains its encoder")
+
+
+def paired_items(batch, pairs: Sequence[tuple[str, str]], where: str) -> dict[str, jax.Array]:
+    """The items of a batch that the pairs name; UserError if there is not one for each pair that names it."""
+    found = {}
+    for name in sorted({name for pair in pairs for name in pair}):
+        found[name], count = batch["inputs"][name], sum(name in pair for pair in pairs)
+        if found[name].shape[1] != count:
+            raise UserError(
+                f"{where}: rows hold {found[name].shape[1]} item(s) of {name!r}, but {count} pair(s) name it; the "
+                "data must be made for the same pairs"
+            )
+    return found
+
+
 def contrastive(
     model,
     *,
@@ -167,13 +189,10 @@ def contrastive(
         raise UserError(f"{where}: a queue holds no labels, so same_label='ignored' cannot be kept; set queue=0")
     parsed = parse_pairs(pairs, model.encoders, where)
     own = slots(parsed)
-    counts = {name: sum(name in pair for pair in parsed) for name in sorted({n for pair in parsed for n in pair})}
     weights = tuple(weights) or (1.0,) * len(parsed)
     if len(weights) != len(parsed):
         raise UserError(f"{where}: {len(weights)} weights for {len(parsed)} pairs")
-    unpaired = set(model.encoders) - {name for pair in parsed for name in pair}
-    if unpaired:
-        raise UserError(f"{where}: no pair names {', '.join(sorted(unpaired))}; without one nothing trains its encoder")
+    check_paired(model, parsed, where)
 
     def embed(params, variables, inputs, rng, train):
         """{X: float[B, N, E]}, the rest of `out`, and the variables as they are now."""
@@ -202,13 +221,7 @@ def contrastive(
         return found, rest, {**variables, **changed}
 
     def loss_fn(params, variables, batch, rng, *, train: bool):
-        inputs = {name: batch["inputs"][name] for name in counts}
-        for name, count in counts.items():
-            if inputs[name].shape[1] != count:
-                raise UserError(
-                    f"{where}: rows hold {inputs[name].shape[1]} item(s) of {name!r}, but {count} pair(s) name it; the "
-                    "data must be made for the same pairs"
-                )
+        inputs = paired_items(batch, parsed, where)
         found, rest, new = embed(params, variables, inputs, rng, train)
         teacher = None
         if momentum:
@@ -255,7 +268,9 @@ def contrastive(
             start["queue"] = {f"{a}-{b}/{m}": jnp.zeros((queue, width)) for a, b in parsed for m in (a, b)}
         return start
 
-    loss_fn.whole_batch = True  # rows are compared with each other: micro-batches would see fewer
+    loss_fn.whole_batch = (
+        "compares the rows of a batch with each other, and micro-batches have fewer; set config.objective.cache instead"
+    )
     loss_fn.variables = variables
     return loss_fn
 
