@@ -1,7 +1,8 @@
-"""One training step of a GPT-2-like or CLIP-like model here and in PyTorch, side by side: the ratio of step times.
+"""One training step of a GPT-2-like, CLIP-like or DiT model here and in PyTorch, side by side: the ratio of step times.
 
     python -m benchmarks.train_step [--model=gpt2 --width=256 --depth=6 --length=256 --batch=8 --steps=10 --rounds=5]
     python -m benchmarks.train_step --model=clip --length=32 --batch=32 [--image=64 --patch=8]
+    python -m benchmarks.train_step --model=dit --image=16 --batch=32 [--width=384 --depth=12 --heads=6]
 
 The same weights (written by `transformers`, read by `vfm.interop`), batch, loss, AdamW and fp32 on both sides; the two
 losses of the first steps are compared before anything is timed. PyTorch runs `transformers`' model with
@@ -16,10 +17,12 @@ import statistics
 import tempfile
 import time
 
+from benchmarks import torch_dit
+
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("gpt2", "clip"), default="gpt2")
+    parser.add_argument("--model", choices=("gpt2", "clip", "dit"), default="gpt2")
     sizes = {"width": 256, "depth": 6, "heads": 8, "length": 256, "batch": 8, "vocab": 4096, "image": 64, "patch": 8}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -36,6 +39,8 @@ def arrays(args) -> dict:
     """The batch: ids [B, T], and for CLIP images [B, 3, H, W]."""
     import numpy as np
 
+    if args.model == "dit":
+        return torch_dit.arrays(args)
     rng = np.random.default_rng(0)
     found = {"input_ids": rng.integers(0, args.vocab - 1, (args.batch, args.length))}
     if args.model == "clip":
@@ -58,6 +63,8 @@ def theirs(args, batch, compiled: bool):
         )  # fmt: skip
         model = transformers.GPT2LMHeadModel(config).train()
         more = {"labels": torch.as_tensor(batch["input_ids"])}
+    elif args.model == "dit":
+        model, more = torch_dit.build(args), {}
     else:
         tower = {
             "hidden_size": args.width, "intermediate_size": 4 * args.width, "num_hidden_layers": args.depth,
@@ -80,7 +87,8 @@ def theirs(args, batch, compiled: bool):
         losses = []
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            loss = forward(**inputs, **more).loss
+            found = forward(**inputs, **more)
+            loss = found if args.model == "dit" else found.loss
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -91,18 +99,18 @@ def theirs(args, batch, compiled: bool):
 
 def ours(args, batch, folder, remat: str):
     """run(steps) -> losses in this project."""
-    import jax
-    import jax.numpy as jnp
     import numpy as np
     import optax
 
     from vfm import objectives
     from vfm.interop import huggingface
-    from vfm.train.state import TrainState
-    from vfm.train.step import make_train_step
 
-    model, variables = huggingface.load(folder, remat=remat)
     tx = optax.adamw(RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
+    if args.model == "dit":
+        params, loss_fn, batch, learns = torch_dit.ours(folder, batch, remat)
+        tx = optax.partition({True: tx, False: optax.set_to_zero()}, learns)
+        return _steps(params, loss_fn, batch, tx, learns)
+    model, variables = huggingface.load(folder, remat=remat)
     ids = batch["input_ids"].astype(np.int32)
     if args.model == "gpt2":
         objective = {"name": "next_token"}
@@ -112,10 +120,19 @@ def ours(args, batch, folder, remat: str):
     else:
         objective = {"name": "contrastive", "pairs": ("image-text",)}
         batch = {"inputs": {"image": batch["pixel_values"].transpose(0, 2, 3, 1)[:, None], "text": ids[:, None]}}
+    return _steps(variables["params"], objectives.build(objective, model), batch, tx)
+
+
+def _steps(params, loss_fn, batch, tx, trained=None):
+    """run(steps) -> losses."""
+    import jax
+    import jax.numpy as jnp
+
+    from vfm.train.state import TrainState
+    from vfm.train.step import make_train_step
+
     batch = jax.tree.map(jnp.asarray, batch)
-    loss_fn = objectives.build(objective, model)
-    step = jax.jit(make_train_step(loss_fn, tx, lambda _: RATE), donate_argnums=0)
-    params = variables["params"]
+    step = jax.jit(make_train_step(loss_fn, tx, lambda _: RATE, trained=trained), donate_argnums=0)
     state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), {}, {}, jax.random.key(0))
 
     def run(steps):
