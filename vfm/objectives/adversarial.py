@@ -29,8 +29,10 @@ LOSSES = {
         lambda fake: jax.nn.softplus(-fake),
     ),
 }
-DECAY = 0.98  # of the running mean of the reconstruction error: about the last 50 steps
+DECAY = 0.9  # of the running mean of the reconstruction error: about the last 10 steps
 SETTLED = 50  # steps before the running mean is one that later ones are compared with
+FIRST = {"mean": 0.0, "lowest": 0.0, "share": 1.0, "weight": 1.0}  # of the state of a modality
+RELEASE = 1000  # steps in which a weight that was 0 comes back
 
 
 def adaptive_weight(of_reconstruction: jax.Array, of_generator: jax.Array) -> jax.Array:
@@ -46,18 +48,22 @@ def routed(value: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
     return stop(value) + (stop(gradient) * (x - stop(x))).sum()
 
 
-def guarded(state: Mapping[str, jax.Array], step: jax.Array, error: jax.Array, guard: float):
-    """(the share of the adversarial weight that is left, the new state {mean, lowest}).
+def guarded(state: Mapping[str, jax.Array], step: jax.Array, error: jax.Array, guard: float) -> dict[str, jax.Array]:
+    """The new state {mean, lowest, share} of the brake, all float32[], for the reconstruction error of this step.
 
-    mean: the running mean of the reconstruction error, with `error` float32[] of this step. lowest: the lowest that it
-    was, from step `SETTLED` on. The share is 1 up to guard · lowest, and falls on a straight line to 0 at twice that.
-    guard = 0: it is always 1.
+    mean: the running mean of the error. lowest: the lowest that it was, from step `SETTLED` on. share: what is left of
+    the adversarial weight: 1 up to a mean of guard · lowest, and from there on a straight line to 0 at twice that. It
+    falls at once, and rises by 1 / `RELEASE` in a step, or the discriminator would strike again and again. guard = 0:
+    it is always 1.
     """
     mean = DECAY * state["mean"] + (1 - DECAY) * error
     now = mean / (1 - DECAY ** (step + 1.0))  # the mean began at 0
     lowest = jnp.where(step < SETTLED, now, jnp.minimum(state["lowest"], now))
-    share = jnp.clip(2.0 - now / jnp.maximum(guard * lowest, 1e-12), 0.0, 1.0) if guard else jnp.ones(())
-    return share, {"mean": mean, "lowest": lowest}
+    share = jnp.ones(())
+    if guard:
+        allowed = jnp.clip(2.0 - now / jnp.maximum(guard * lowest, 1e-12), 0.0, 1.0)
+        share = jnp.minimum(allowed, state["share"] + 1.0 / RELEASE)
+    return {"mean": mean, "lowest": lowest, "share": share}
 
 
 def adversarial(
@@ -93,8 +99,8 @@ def adversarial(
     start: steps of training before the generator has the loss. lead: the discriminator begins so many steps before the
     generator has it: one that begins at the same time sends the generator, whose items it judges at random, anywhere.
     guard: the automatic brake against a discriminator that ruins the reconstruction. When the running mean of the
-    squared error rises beyond `guard` times the lowest that it was, the weight falls, and is 0 at twice that: see
-    `guarded`. It comes back as the error falls. 0: no brake.
+    squared error rises beyond `guard` times the lowest that it was, the weight falls, and is 0 at twice that. It comes
+    back slowly as the error falls: see `guarded`. 0: no brake.
     reconstruction: the fields of the objective `reconstruction`.
 
     Metrics: the terms, without weights; adaptive_weight_X; guard_X, the share of the weight that the guard leaves (less
@@ -182,8 +188,8 @@ def adversarial(
                     at_kernel(jnp.zeros_like(total), gradient / jnp.maximum(count, 1e-6)),
                 )
             error, n = mean(jnp.square(stop(fake) - real))
-            share, after = guarded(state[name], state["step"], error / jnp.maximum(n, 1e-6), guard)
-            found["g_loss"] = (begun * weight * factor * share, routed(value, fake, gradient), count)
+            after = guarded(state[name], state["step"], error / jnp.maximum(n, 1e-6), guard) if train else state[name]
+            found["g_loss"] = (begun * weight * factor * after["share"], routed(value, fake, gradient), count)
 
             # What moves the discriminator: the items are given.
             of_real, new = judge(params, new, name, real, train)
@@ -195,9 +201,9 @@ def adversarial(
                     leading * r1 / 2,
                     *metrics.mean(jnp.square(slope).reshape(*mask.shape, -1).sum(axis=-1), mask),
                 )
-            shown = {"adaptive_weight": (factor, one), "guard": (share, one)}
+            shown = {"adaptive_weight": (factor, one), "guard": (after["share"], one)}
             shown |= {"logits_real": mean(of_real), "logits_fake": mean(of_fake)}
-            return found, stop(shown), stop({**after, "weight": factor}) if train else state[name], new
+            return found, stop(shown), stop({**after, "weight": factor}), new
 
         terms, measured, new = dict(terms), dict(aux.metrics), aux.variables
         kept = {"step": state["step"] + train}
@@ -209,9 +215,9 @@ def adversarial(
 
     def variables(params):
         """What the loss function keeps beside the model's variables, at the start."""
-        zero = lambda: {"mean": jnp.zeros(()), "lowest": jnp.zeros(()), "weight": jnp.ones(())}
+        first = lambda: {kind: jnp.full((), value) for kind, value in FIRST.items()}
         own = dict(getattr(plain_loss, "variables", lambda params: {})(params))
-        own["adversarial"] = {"step": jnp.zeros((), jnp.int32), **{name: zero() for name in names}}
+        own["adversarial"] = {"step": jnp.zeros((), jnp.int32), **{name: first() for name in names}}
         if networks:
             own["perceptual"] = {name: jax.tree.map(jnp.asarray, net.variables) for name, net in networks.items()}
         return own
