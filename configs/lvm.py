@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data = {
         "name": "visual_sentences",
         "length": length,
-        "source": {"name": "shapes", "size": SIZE, "colors": COLORS, "sizes": sizes},
+        "source": {"name": "shapes", "size": SIZE, "colors": COLORS, "noise": 0.5, "sizes": sizes},
         "pairs": PAIRS,
         "tasks": ("recolor", "flip+recolor", "rotate+recolor"),
         "targets": "annotations",

@@ -46,7 +46,7 @@ def test_a_row_is_pairs_with_separators_and_the_query_comes_last():
     for token, kind in zip(tokens[1:LENGTH], kinds, strict=True):
         assert token == kind if kind else token >= len(SPECIAL)
     images, _ = parts(found)
-    np.testing.assert_array_equal(images[-1], Shapes("train", 4, 5, SOURCE["sizes"])[7]["image"])
+    np.testing.assert_array_equal(images[-1], Shapes("train", 4, 5, sizes=SOURCE["sizes"])[7]["image"])
     np.testing.assert_array_equal(found["input_mask"], np.arange(LENGTH + 3) < LENGTH)
 
 
@@ -162,9 +162,11 @@ def test_shapes_are_what_they_say():
     assert images.shape == (300, 6, 6, 3) and set(np.unique(images)) == {0.0, 1.0}
     assert len(np.unique(images.reshape(-1, 3), axis=0)) == 4
     assert max(len(np.unique(image.reshape(-1, 3), axis=0)) for image in images) == 3
-    again = Shapes("train", 6, 4, {"train": 300})
+    again = Shapes("train", 6, 4, sizes={"train": 300})
     np.testing.assert_array_equal(images, [again[i]["image"] for i in range(300)])
     assert (Shapes("test", 6, 4)[0]["image"] != images[0]).any()
+    noisy = Shapes("train", 6, 4, noise=0.5, sizes={"train": 300}).images
+    assert abs((noisy != source.images).mean() - 0.5 * 3 / 4) < 0.02
 
 
 @pytest.mark.parametrize(

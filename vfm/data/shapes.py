@@ -14,19 +14,29 @@ _CUBE = np.stack(np.meshgrid([0, 1], [0, 1], [0, 1], indexing="ij"), axis=-1).re
 class Shapes:
     """Two shapes over each other on a ground, in three different colours out of `colors` corners of the RGB cube.
 
-    Item: image float32[size, size, 3] of 0 and 1, label int: the class of the upper shape, by `SHAPES`. sizes: {split:
-    items}. The splits are drawn independently, from `seed`.
+    noise: the share of the pixels that have any of the colours instead. sizes: {split: items}. The splits are drawn
+    independently, from `seed`. Item: image float32[size, size, 3] of 0 and 1, label int: the class of the upper shape,
+    by `SHAPES`.
     """
 
     class_names = SHAPES
 
     def __init__(
-        self, split: str, size: int = 6, colors: int = 8, sizes: Mapping[str, int] | None = None, seed: int = 0
+        self,
+        split: str,
+        size: int = 6,
+        colors: int = 8,
+        noise: float = 0.0,
+        sizes: Mapping[str, int] | None = None,
+        seed: int = 0,
     ):
         where = "source 'shapes'"
         check_split(split, SPLITS, where)
-        if not 3 <= colors <= len(_CUBE) or size < 3:
-            raise UserError(f"{where}: colors={colors} must be from 3 to {len(_CUBE)}, and size={size} at least 3")
+        if not 3 <= colors <= len(_CUBE) or size < 3 or not 0 <= noise <= 1:
+            raise UserError(
+                f"{where}: colors={colors} must be from 3 to {len(_CUBE)}, size={size} at least 3, and noise={noise} "
+                "from 0 to 1"
+            )
         count = int({"train": 20_000, "validation": 1000, "test": 1000, **(sizes or {})}[split])
         rng, masks = stream(seed, "shapes", split), [_masks(kind, size) for kind in SHAPES]
         chosen = rng.permuted(np.tile(np.arange(colors), (count, 1)), axis=1)[:, :3]
@@ -38,6 +48,7 @@ class Shapes:
                 rows = np.flatnonzero(kinds[:, layer] == kind)
                 drawn = choices[rng.integers(len(choices), size=len(rows))]
                 index[rows] = np.where(drawn, chosen[rows, layer + 1, None, None], index[rows])
+        index = np.where(rng.random(index.shape) < noise, rng.integers(colors, size=index.shape), index)
         self.images = index.astype(np.uint8)  # numbers of colours
 
     def __len__(self) -> int:

@@ -50,7 +50,7 @@ class VisualSentences:
     ):
         where = "dataset 'visual_sentences'"
         if not isinstance(tokenizer, ImageTokenizer):
-            raise UserError(f"{where} needs a tokenizer of images: set config.tokenizer.name=palette")
+            raise UserError(f"{where} needs a tokenizer of images: config.tokenizer.name=palette or codes")
         if targets not in TARGETS:
             raise unknown("targets", targets, TARGETS, where)
         if pairs < 0 or (pairs and not tasks):

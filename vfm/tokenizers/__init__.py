@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vfm.errors import UserError
-from vfm.tokenizers import formats, palette
+from vfm.tokenizers import codes, formats, palette
 from vfm.tokenizers.added import AddedToken
 from vfm.tokenizers.byte import ByteTokenizer
+from vfm.tokenizers.codes import Codes
 from vfm.tokenizers.decoders import Stream
 from vfm.tokenizers.formats import byte_level_tokenizer, save_tiktoken
 from vfm.tokenizers.palette import ImageTokenizer, Palette, train_palette
@@ -17,8 +18,8 @@ from vfm.tokenizers.tokenizer import Tokenizer
 from vfm.tokenizers.training import train
 
 __all__ = [
-    "TOKENIZERS", "AddedToken", "ByteTokenizer", "ImageTokenizer", "Palette", "Stream", "Tokenizer", "build", "load",
-    "reads", "save", "save_tiktoken", "train_bpe", "train_config", "train_palette", "untrained",
+    "TOKENIZERS", "AddedToken", "ByteTokenizer", "Codes", "ImageTokenizer", "Palette", "Stream", "Tokenizer", "build",
+    "load", "reads", "save", "save_tiktoken", "train_bpe", "train_config", "train_palette", "untrained",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -63,12 +64,28 @@ def trained_palette(path: str = "", vocab_size: int = 0, special: tuple[str, ...
     return found
 
 
+def trained_codes(path: str = "", run: str = "", vocab_size: int = 0, modality: str = "image", special=()) -> Codes:
+    """The codes of an autoencoder, as a run of ours kept them in its folder `tokenizer`: path.
+
+    A config that has no path takes them from the folder `run` of the autoencoder, and needs vocab_size: the special
+    tokens and the codes. modality, special: see `codes.codes_of_run`.
+    """
+    if not path:
+        raise UserError("tokenizer 'codes' needs `run`, the folder of an autoencoder that was trained, and vocab_size")
+    found = codes.load_codes(path)
+    if vocab_size not in (0, found.vocab_size):
+        raise UserError(f"the codes in {path!r} are {found.vocab_size} ids, not vocab_size={vocab_size}")
+    return found
+
+
 def load(
     path: str | pathlib.Path, *, pattern: str = "", special: Sequence[str] | Mapping[str, int] = ()
-) -> Tokenizer | Palette:
+) -> Tokenizer | ImageTokenizer:
     """The tokenizer of a file or folder, of text (see `formats.load`) or of images."""
-    if (pathlib.Path(path).expanduser() / palette.FILE).is_file():
-        return palette.load_palette(pathlib.Path(path).expanduser())
+    folder = pathlib.Path(path).expanduser()
+    for kind, read in ((palette.FILE, palette.load_palette), (codes.FILE, codes.load_codes)):
+        if (folder / kind).is_file():
+            return read(folder)
     return formats.load(path, pattern=pattern, special=special)
 
 
@@ -80,12 +97,18 @@ def save(path: str | pathlib.Path, tokenizer) -> None:
         formats.save(path, tokenizer)
 
 
-TOKENIZERS = {"bpe": trained_bpe, "byte": ByteTokenizer, "file": load, "palette": trained_palette}
+TOKENIZERS = {
+    "bpe": trained_bpe,
+    "byte": ByteTokenizer,
+    "codes": trained_codes,
+    "file": load,
+    "palette": trained_palette,
+}
 # Those that a run trains on its training split, and the field of the records that they read.
-READS = {"bpe": "text", "palette": "image"}
+READS = {"bpe": "text", "codes": "image", "palette": "image"}
 
 
-def build(cfg: Mapping) -> ByteTokenizer | Tokenizer | Palette:
+def build(cfg: Mapping) -> ByteTokenizer | Tokenizer | ImageTokenizer:
     """The tokenizer that `cfg.name` names, with the rest of `cfg` as its fields."""
     from vfm.data.construct import construct  # only here: worker processes need not import all of vfm.data
 
@@ -134,7 +157,7 @@ def train_bpe(
     return byte_level_tokenizer(model, pattern, special)
 
 
-def train_config(cfg: Mapping, examples: Iterable[Any], **options) -> Tokenizer | Palette:
+def train_config(cfg: Mapping, examples: Iterable[Any], **options) -> Tokenizer | ImageTokenizer:
     """Trains the tokenizer that an `untrained` config asks for on texts or images, as `reads` says. options: workers
     and report of `train_bpe`.
 
@@ -142,6 +165,12 @@ def train_config(cfg: Mapping, examples: Iterable[Any], **options) -> Tokenizer 
     `if untrained(cfg): save(folder, train_config(cfg, examples))`, then `build(dict(cfg) | {"path": folder})`.
     """
     fields = {name: value for name, value in dict(cfg).items() if name not in ("name", "path")}
+    if cfg["name"] == "codes":
+        size = fields.pop("vocab_size")
+        found = codes.codes_of_run(**fields)
+        if found.vocab_size != size:
+            raise UserError(f"tokenizer 'codes': {fields['run']!r} gives {found.vocab_size} ids, not vocab_size={size}")
+        return found
     if cfg["name"] == "palette":
         return train_palette(examples, **fields)
     return train_bpe(examples, **fields, **options)
