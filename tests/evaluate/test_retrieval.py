@@ -10,6 +10,7 @@ import pytest
 from configs import contrastive
 from configs.digits import WORDS
 from tests import tiny
+from vfm import flops
 from vfm.errors import UserError
 from vfm.evaluate.retrieval import (
     alignment,
@@ -107,6 +108,10 @@ def test_an_untrained_model_by_hand(tmp_path):
     assert found["probe_image"] == pytest.approx(found["probe_random_image"])  # nothing is trained yet
     assert found["probe_pca_image"] > 0.4 and 0 <= found["knn_image"] <= 1  # the labels are those of the items
     assert found["gap_image_text"] == pytest.approx(modality_gap(read["embedding"]["image"], read["embedding"]["text"]))
+    encoders = flops.count(
+        lambda: embed({n: np.zeros((1, 1, *x.shape[1:]), x.dtype) for n, x in rows[0]["inputs"].items()})
+    )
+    assert found["query_flops"] == pytest.approx(encoders / 3 + 10 * 2 * contrastive.SPACE)
     table = samples["retrieval"][1]
     assert len(table) == 7 and table[1][1][1] == "pairs of them"
     assert samples["space"][1][0][0][1].ndim == 3

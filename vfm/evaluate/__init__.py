@@ -53,6 +53,7 @@ def cell(experiment, name: str, item: Any) -> tuple:
 from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
 from vfm.evaluate.continuation import check_continuation, continuation  # noqa: E402
 from vfm.evaluate.generation import check_generation, generation  # noqa: E402
+from vfm.evaluate.matching import check_matching, matching  # noqa: E402
 from vfm.evaluate.probe import check_probe, probe  # noqa: E402
 from vfm.evaluate.reconstruction import check_reconstruction, reconstruction  # noqa: E402
 from vfm.evaluate.retrieval import check_retrieval, retrieval  # noqa: E402
@@ -63,6 +64,7 @@ EVALUATORS = {
     "any_to_any": any_to_any,
     "continuation": continuation,
     "generation": generation,
+    "matching": matching,
     "probe": probe,
     "reconstruction": reconstruction,
     "retrieval": retrieval,
@@ -73,6 +75,7 @@ CHECKS = {
     "any_to_any": check_any_to_any,
     "continuation": check_continuation,
     "generation": check_generation,
+    "matching": check_matching,
     "probe": check_probe,
     "reconstruction": check_reconstruction,
     "retrieval": check_retrieval,

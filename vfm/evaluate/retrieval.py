@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from vfm import flops
 from vfm.data.aligned import text_item
 from vfm.encoders.vit import ViT
 from vfm.errors import UserError
@@ -82,6 +83,7 @@ def retrieval(experiment, params, variables, split: str, limit: int | None) -> E
 
       r{k}_{A}_{B}        share of items of A for which a row's own item of B is among the k most similar ones
       alignment_{A}_{B}, gap_{A}_{B}, uniformity_{A}    see the functions
+      query_flops         see the function; a candidate costs the product of two embeddings
       zero_shot_{A}       with `classes`: share of items whose label is that of the nearest class; a class is
                           the mean of the embeddings of its name in all `templates`
       probe_{A}, probe_random_{A}, probe_pca_{A}, knn_{A}    with `probe_examples`: accuracy of a linear probe on the
@@ -105,6 +107,8 @@ def retrieval(experiment, params, variables, split: str, limit: int | None) -> E
         measured[f"alignment_{a}_{b}"] = alignment(embeddings[a], embeddings[b])
         measured[f"gap_{a}_{b}"] = modality_gap(embeddings[a], embeddings[b])
     measured |= {f"uniformity_{name}": uniformity(x) for name, x in embeddings.items() if len(x) > 1}
+    width, count = next(iter(embeddings.values())).shape[1], len(next(iter(embeddings.values())))
+    measured["query_flops"] = query_flops(experiment, embedder(experiment.model), 2.0 * width, count)
     if chosen["classes"]:
         measured |= zero_shot(experiment, params, variables, chosen, embeddings, labels)
     if chosen["probe_examples"]:
@@ -119,16 +123,22 @@ def retrieval(experiment, params, variables, split: str, limit: int | None) -> E
     return Evaluation(measured, samples)
 
 
-def reader(experiment):
-    """A function (params, variables, dataset, rows) -> {"embedding", "pooled", "raw", "label": {X: [n, …]}} of the
-    first item of each modality X in so many rows."""
+def embedder(model):
+    """(params, variables, {X: items [B, …]}) -> {"embedding", "pooled": {X: float[B, …]}}."""
 
-    def embed(params, variables, inputs):
-        out = experiment.model.apply({"params": params, **variables}, inputs=inputs, train=False)[1]
+    def embed(params, variables, items):
+        inputs = {name: x[:, None] for name, x in items.items()}
+        out = model.apply({"params": params, **variables}, inputs=inputs, train=False)[1]
         pooled = {n: out[n]["encoder"].get("pooled", out[n]["features"][:, 0].mean(axis=1)) for n in inputs}
         return {"embedding": {n: out[n]["embedding"][:, 0] for n in inputs}, "pooled": pooled}
 
-    step = experiment.jit(embed)
+    return embed
+
+
+def reader(experiment, of=None):
+    """A function (params, variables, dataset, rows) -> {kind: {X: [n, …]}} of the first item of each modality X in so
+    many rows: what `of` gives, a function like `embedder` (the default); "raw", the items; and "label"."""
+    step = experiment.jit(of or embedder(experiment.model))
 
     def read(params, variables, dataset, rows):
         shown = {name: k for k, pair in reversed(list(enumerate(dataset.pairs))) for name in pair}
@@ -136,7 +146,7 @@ def reader(experiment):
         for host, batch in experiment.eval_batches(dataset, rows):
             real = host["example_mask"] > 0
             part = jax.tree.map(
-                experiment.fetch, step(params, variables, {n: items[:, :1] for n, items in batch["inputs"].items()})
+                experiment.fetch, step(params, variables, {n: items[:, 0] for n, items in batch["inputs"].items()})
             )
             part |= {"raw": {n: items[:, 0] for n, items in host["inputs"].items()}}
             part |= {"label": {n: host["label"][:, k] for n, k in shown.items()}}
@@ -204,18 +214,31 @@ def probes(experiment, params, variables, chosen, read, evaluated, test) -> dict
 
 def _samples(chosen, embeddings, pairs, measured) -> dict[str, tuple[str, list[list]]]:
     """The table of all ordered pairs of modalities, and the picture of the space."""
-    trained = {frozenset(pair) for pair in pairs}
-    names, k = tuple(embeddings), chosen["k"]
-    rows = [[("text", cell) for cell in ("from → to", "trained on", *(f"recall@{n}" for n in k))]]
-    for a, b in itertools.permutations(names, 2):
-        how = "pairs of them" if {a, b} in trained else "no pair of them: emergent"
-        rows.append([("text", cell) for cell in (f"{a} → {b}", how, *(f"{measured[f'r{n}_{a}_{b}']:.3f}" for n in k))])
-    count = len(embeddings[names[0]])
-    found = {"retrieval": (f"Retrieval among {count} items of the other modality", rows)}
+    count = len(next(iter(embeddings.values())))
+    found = {"retrieval": recall_table(tuple(embeddings), pairs, chosen["k"], measured, count)}
     if chosen["picture"] and count > 2:
         drawing = picture(embeddings, chosen["picture"])
         found["space"] = (f"The shared space in two dimensions ({chosen['picture']})", [[("image", drawing)]])
     return found
+
+
+def recall_table(names, pairs, k, measured, count: int) -> tuple[str, list[list]]:
+    """For the report: r{k}_{A}_{B} of all ordered pairs of the named modalities, and whether `pairs` trained them."""
+    trained = {frozenset(pair) for pair in pairs}
+    rows = [[("text", cell) for cell in ("from → to", "trained on", *(f"recall@{n}" for n in k))]]
+    for a, b in itertools.permutations(names, 2):
+        how = "pairs of them" if {a, b} in trained else "no pair of them: emergent"
+        rows.append([("text", cell) for cell in (f"{a} → {b}", how, *(f"{measured[f'r{n}_{a}_{b}']:.3f}" for n in k))])
+    return f"Retrieval among {count} items of the other modality", rows
+
+
+def query_flops(experiment, read, per_candidate: float, count: int) -> float:
+    """FLOPs with which an item of one modality ranks `count` items of another one that were read before, mean over the
+    modalities: those of reading it, by read(params, variables, {X: items [B, …]}), and those of each candidate."""
+    state, table = experiment.abstract_state, experiment.layout.modalities
+    names = experiment.model.encoders
+    items = {n: jax.ShapeDtypeStruct((1, *table[n].item_shape), jax.numpy.dtype(table[n].dtype)) for n in names}
+    return flops.count(read, state.params, state.variables, items) / len(items) + per_candidate * count
 
 
 def _mapped(image: np.ndarray, heat: np.ndarray) -> list[tuple]:
