@@ -78,6 +78,7 @@ def test_carried_item_takes_no_position():
     "segments, words",
     [
         ([Input("image", np.ones((2, 2)))], ("'image'", "(2, 2)", "rank 2", "(2, 2, 1)", "rank 3")),
+        ([Input("image", np.ones((3, 2, 1)))], ("'image'", "(3, 2, 1)", "size=(2, 2) of a source of images")),
         ([Input("audio", np.ones(5))], ("'audio'", "(5,)", "(4,)")),
         ([Input("imagee", IMAGE)], ("'imagee'", "did you mean 'image'", "audio")),
         ([Output("audio", AUDIO)], ("'audio'", "generated", "signals=0")),

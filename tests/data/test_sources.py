@@ -144,6 +144,8 @@ def test_image_folder(tmp_path):
     np.testing.assert_allclose(item["image"], 101 / 255, rtol=1e-6)
     grey = build_source({"name": "image_folder", "dir": str(tmp_path), "mode": "L", "size": (3, 5)}, "test")
     assert grey[0]["image"].shape == (3, 5, 1) and len(grey) == 2
+    with pytest.raises(UserError, match=r"size=\(0, 5\) must be \(H, W\)"):
+        build_source({"name": "image_folder", "dir": str(tmp_path), "size": (0, 5)}, "test")
     deep = np.array([[0, 65535], [32768, 655]], np.uint16)
     Image.fromarray(deep).save(tmp_path / "test" / "cat" / "deep.png")
     grey = build_source({"name": "image_folder", "dir": str(tmp_path), "mode": "L"}, "test")

@@ -50,6 +50,15 @@ def test_images_are_scaled_and_labelled(cache):
         assert item["label"] == raw[107]["label"] == source.labels[7]
 
 
+def test_images_can_be_resized():
+    source, small = build_source(MNIST, "validation"), build_source(MNIST | {"size": (14, 7)}, "validation")
+    assert small[7]["image"].shape == (14, 7, 1) and small[7]["image"].dtype == np.float32
+    # By such a factor it is about the mean of each block, and rounded to bytes.
+    assert abs(small[7]["image"].mean() - source[7]["image"].mean()) < 0.01 and small[7]["image"].max() > 0.5
+    with pytest.raises(UserError, match=r"size=\(14,\) must be \(H, W\)"):
+        build_source(MNIST | {"size": (14,)}, "validation")
+
+
 def test_speakers_are_disjoint_and_sound_is_scaled_and_padded():
     names = []
     for split in ("train", "validation", "test"):

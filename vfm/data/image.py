@@ -63,7 +63,7 @@ class ImageFolder:
     ):
         if mode not in MODES:
             raise unknown("image mode", mode, MODES, where="source 'image_folder'")
-        self.mode, self.size = mode, tuple(size)
+        self.mode, self.size = mode, check_size(size, "source 'image_folder'")
         self.paths, self.labels, self.class_names = class_files(
             "source 'image_folder'", dir, split, EXTENSIONS, classes, fractions
         )
@@ -100,6 +100,22 @@ def image_array(image, mode: str, size: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(image, np.float32) / scale
     array = array[..., None] if array.ndim == 2 else array
     return np.repeat(array, 3, axis=-1) if mode == "RGB" and array.shape[-1] == 1 else array
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8[H, W, C], bilinear, as uint8[*size, C]."""
+    from PIL import Image
+
+    plane = lambda c: Image.fromarray(image[..., c]).resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    return np.stack([np.asarray(plane(c)) for c in range(image.shape[-1])], axis=-1)
+
+
+def check_size(size, where: str) -> tuple[int, ...]:
+    """The field `size` of a source of images: () or (H, W)."""
+    size = tuple(size)
+    if size and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise UserError(f"{where}: size={size} must be (H, W), or () for each image's own size")
+    return size
 
 
 def preprocess(image: np.ndarray, size: int, style: str = "clip") -> np.ndarray:

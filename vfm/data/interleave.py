@@ -114,9 +114,12 @@ def check_shape(name: str, modality: Modality, array: np.ndarray) -> np.ndarray:
     """The item, if its shape is the modality's; else raises UserError with both shapes."""
     wanted = tuple(modality.item_shape)
     if array.shape != wanted:
+        hint = ""
+        if array.ndim == len(wanted) == 3 and array.shape[:2] != wanted[:2]:
+            hint = f"; size={wanted[:2]} of a source of images (image_folder, tfds) resizes them"
         raise UserError(
             f"modality {name!r}: found an item of shape {array.shape} (rank {array.ndim}), "
-            f"expected {wanted} (rank {len(wanted)})"
+            f"expected {wanted} (rank {len(wanted)}){hint}"
         )
     return array
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from vfm.data.audio import fit
+from vfm.data.image import check_size, resized
 from vfm.data.records import CorruptRecord, check_split, existing_dir
 from vfm.errors import UserError, unknown
 
@@ -23,6 +24,7 @@ class Tfds:
     features: {TFDS feature: kind}, the feature's value becomes item[kind]:
       image  uint8 → float32[H, W, C] in [0, 1];   audio  integers / full_scale → float32[samples] in [-1, 1];
       label  int;   text  bytes → str;   vector  float32 as it is.
+    size: (H, W) that images are resized to, bilinear; () keeps each image's own size.
     samples: length that audio is padded to with zeros or cut to, at the end; 0 keeps it. full_scale: the
     integer that stands for 1.0 in audio (32768 for 16 bits).
     where: {our split: {TFDS feature: regex}}: only records whose feature, as text, holds a match
@@ -43,10 +45,12 @@ class Tfds:
         full_scale: float = 32768.0,
         where: Mapping[str, Mapping[str, str]] | None = None,
         cache: bool = False,
+        size: tuple[int, ...] = (),
     ):
         splits = dict(splits or {"train": "train", "test": "test"})
         check_split(split, splits, f"source 'tfds' {dataset!r} (field `splits`)")
         self.dataset, self.features, self.tfds_split = dataset, dict(features), splits[split]
+        self.size = check_size(size, f"source 'tfds' {dataset!r}")
         self.samples, self.full_scale = int(samples), float(full_scale)
         for feature, kind in self.features.items():
             if kind not in KINDS:
@@ -164,7 +168,7 @@ class Tfds:
             return _text(value)
         array = np.asarray(value)
         if kind == "image" and array.dtype == np.uint8:
-            return array.astype(np.float32) / 255.0
+            return (resized(array, self.size) if self.size else array).astype(np.float32) / 255.0
         if kind == "audio":
             integers = np.issubdtype(array.dtype, np.integer)
             array = fit(array, self.samples).astype(np.float32)
