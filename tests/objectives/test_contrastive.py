@@ -297,6 +297,14 @@ def test_parts_must_divide_the_batch(setting, fields, message):
         )
 
 
+def test_ignored_labels_need_labels(setting):
+    model, params, batch = setting
+    loss_fn = objectives.build({"name": "contrastive", "pairs": PAIRS, "same_label": "ignored"}, model)
+    unlabelled = {name: value for name, value in batch.items() if name != "label"}
+    with pytest.raises(UserError, match="same_label='ignored' needs batches with a label"):
+        jax.eval_shape(lambda: loss_fn(params, {}, unlabelled, jax.random.key(0), train=True))
+
+
 def test_rows_of_other_pairs_are_refused(setting):
     model, params, batch = setting
     pairs = ("image-text", "vector-text", "image-vector")
