@@ -12,9 +12,9 @@ from vfm.data.pairs import Task
 from vfm.errors import UserError, unknown
 from vfm.evaluate import Evaluation, cell, distance, fewest, spaces
 from vfm.evaluate.judge import Judge
-from vfm.evaluate.reconstruction import autoencoded, decoder, nearest_codes, reader
+from vfm.evaluate.reconstruction import decoder, nearest_codes, reader
 from vfm.model import INPUTS
-from vfm.wiring import generative, labels
+from vfm.wiring import autoencoded, generative, labels
 
 OPTIONS = {"features": "pixels", "neighbours": 3, "density": "", "components": 10, "shown": 8, "seed": 0}
 DENSITIES = ("", "prior", "gaussian", "mixture")
