@@ -1,15 +1,20 @@
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vfm import model as model_lib
-from vfm import objectives
+from vfm import objectives, tree
 from vfm.errors import UserError
+from vfm.objectives.next_token import rngs
 from vfm.objectives.reconstruction import importance_bound, negative_log_likelihood
+from vfm.train.state import TrainState
+from vfm.train.step import make_train_step
 
 SHAPE, ROWS, HIDDEN = (4, 4, 1), 6, (8,)
 
@@ -88,8 +93,6 @@ def test_the_terms_are_the_elbo():
     given = batch(binary=True)
     terms, measured, _ = evaluate(made(output="sigmoid"), given, train=True, likelihood="bernoulli")
     model, params, _ = made(output="sigmoid")
-    from vfm.objectives.next_token import rngs
-
     call = lambda: model.apply(
         {"params": params}, **{"inputs": given["inputs"]}, train=True, rngs=rngs(jax.random.key(0))
     )
@@ -218,3 +221,16 @@ def test_refuses_items_out_of_range_and_models_without_halves():
         loss_fn.check_row(row, "row 0")
     with pytest.raises(UserError, match="needs a modality with an encoder and a decoder"):
         objectives.build({"name": "reconstruction"}, model_lib.build({**config(), "decoders": {}}))
+
+
+@pytest.mark.parametrize("rows, moves", [((), True), (("decoders_image/.*",), True), (("encoders_image/.*",), False)])
+def test_the_codebook_of_a_frozen_encoder_stays(rows, moves):
+    model, params, variables = made(bottleneck=(*VQ, ("update", "ema")))
+    loss_fn = objectives.build({"name": "reconstruction"}, model)
+    learns = jax.tree.map(lambda path: not any(re.fullmatch(row, path) for row in rows), tree.paths(params))
+    tx = optax.sgd(0.1)
+    step = make_train_step(loss_fn, tx, lambda step: 0.1, trained=learns)
+    state = TrainState(jnp.int32(0), params, tx.init(params), variables, {}, jax.random.key(0))
+    after = jax.jit(step)(state, batch())[0].variables["codebook"]
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), after, variables["codebook"])
+    assert all(jax.tree.leaves(same)) != moves

@@ -26,7 +26,8 @@ def make_train_step(
     that of the whole batch, also under masks: a first pass counts what each loss term divides by (the compiler drops
     all else of it), so that every micro-batch's gradient has the right weight.
 
-    trained: for every parameter whether it learns. The gradient of the others is zero, and is not computed.
+    trained: for every parameter whether it learns. The gradient of the others is zero, and is not computed; and the
+    codebooks of a block of which no parameter learns stay as they are.
     """
 
     def split(x):
@@ -75,6 +76,7 @@ def make_train_step(
         rng = jax.random.fold_in(state.rng, state.step)
         differentiate = gradients if accumulate == 1 else accumulated
         grads, variables, loss, measured = differentiate(state.params, state.variables, batch, rng)
+        variables = with_frozen_codebooks(variables, state.variables, trained)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -95,6 +97,15 @@ def make_train_step(
         ), measured
 
     return train_step
+
+
+def with_frozen_codebooks(new: Any, old: Any, trained: Any) -> Any:
+    """The new variables, with the old codebooks of the blocks (encoders_X, …) of which no parameter learns."""
+    if trained is None or "codebook" not in new:
+        return new
+    stays = lambda block: block in trained and not any(jax.tree.leaves(trained[block]))
+    kept = {block: old["codebook"][block] if stays(block) else leaf for block, leaf in new["codebook"].items()}
+    return {**new, "codebook": kept}
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable:
