@@ -82,8 +82,9 @@ def test_an_unknown_variant_is_refused(file):
         load(file).get_config("smokee")
 
 
-# Other tests run these smaller: train/test_stages.py, evaluate/test_retrieval.py, test_backbones_study.py.
-ELSEWHERE = ("staged", "contrastive", "backbones")
+# Other tests run these smaller: train/test_stages.py, evaluate/test_retrieval.py, evaluate/test_reconstruction.py,
+# test_backbones_study.py.
+ELSEWHERE = ("staged", "contrastive", "autoencoder", "backbones")
 SMOKE = [pytest.param(file, marks=pytest.mark.slow) if file.stem in ELSEWHERE else file for file in FILES]
 
 

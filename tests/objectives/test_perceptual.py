@@ -152,7 +152,7 @@ def test_published_weights_give_the_distance_of_their_library(tmp_path, monkeypa
     "cfg, shape, words",
     [
         ({}, SHAPE, ("path", "random")),
-        ({"random": NET, "path": "runs/x"}, SHAPE, ("path", "random")),
+        ({"random": NET, "path": "runs/x"}, SHAPE, ("no file", "runs/x")),
         ({"random": NET, "weight": 1.0}, SHAPE, ("weight", "heads")),
         ({"random": {"name": "vit"}}, SHAPE, ("ViT", "'vgg' or 'resnet'")),
         ({"random": {**NET, "channels": 2}}, SHAPE, ("2 channels", "1")),

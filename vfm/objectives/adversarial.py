@@ -86,7 +86,7 @@ def adversarial(
     `reconstruction` and
 
       perceptual_X  perceptual_weight times the distance in the feature maps of a network; `perceptual` says of which
-                    (see `vfm.objectives.perceptual`), None: there is no such term
+                    (see `vfm.objectives.perceptual`); without one there is no such term
       g_loss_X      weight · λ · the generator's loss, the mean over the logits; gradient for all but the discriminator
       d_loss_X      the discriminator's loss, the mean over the logits; gradient for the discriminator alone
       r1_X          r1 / 2 · the squared gradient of the mean logit at real items (Mescheder et al. 2018, eq. 9)
@@ -131,7 +131,7 @@ def adversarial(
     networks = {
         name: Perceptual(plain(perceptual), name, tuple(model.decoders[name].item_shape), f"{where}: perceptual")
         for name in names
-        if perceptual is not None and perceptual_weight
+        if perceptual and perceptual_weight
     }
 
     def judge(params, variables, name, items, train):

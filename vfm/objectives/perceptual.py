@@ -7,8 +7,8 @@ The section `perceptual` of an objective says which network:
     encoder     the name of the encoder in that run; "": that of the modality
     checkpoint  of a run: "latest" or a step
     heads       a file of LPIPS's weights of the channels; "": 1 each
-    random      instead of a path: the fields of a convolutional encoder, {"name": "vgg", …}, with random weights that
-                stay. Its distances follow edges and textures, but know nothing of the data
+    random      without a path: the fields of a convolutional encoder, {"name": "vgg", …}; its weights stay random.
+                Its distances follow edges and textures, but know nothing of the data
     seed        of the random weights
 """
 
@@ -66,14 +66,14 @@ class Perceptual:
             if field not in FIELDS:
                 raise unknown("field", field, FIELDS, where)
             fields[field] = value
-        if bool(fields["path"]) == bool(fields["random"]):
-            raise UserError(f"{where} needs either a path (a run, or a file of VGG16) or random (an encoder)")
+        if not fields["path"] and not fields["random"]:
+            raise UserError(f"{where} needs a path (a run, or a file of VGG16), or random (an encoder)")
         if len(item_shape) not in (2, 3):
             raise UserError(f"{where}: items of shape {tuple(item_shape)} are no images")
         size, channels = tuple(item_shape[:2]), (*item_shape, 1)[2]
         self._mean = self._std = None
         path = pathlib.Path(fields["path"]).expanduser()
-        if fields["random"]:
+        if not fields["path"]:
             shape = {"image_size": size, "channels": channels}
             block = build_block(TABLES["encoders"], {**shape, **dict(fields["random"])}, f"{where}.random")
             self.encoder = _maps(block, size, f"{where}.random")
