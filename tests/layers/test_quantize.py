@@ -240,7 +240,7 @@ def reference(z, table, kernels, biases, scales, mixing, which):
 def test_multiscale_codes():
     pytest.importorskip("torch")
     scales, z = (1, 2, 3, 5, 6), latents(3, 36)
-    quantizer = MultiscaleQuantizer(codebook_size=32, scales=scales, codebook_init="normal", convolutions=3)
+    quantizer = MultiscaleQuantizer(codebook_size=32, scales=scales, mixing=0.3, codebook_init="normal", convolutions=3)
     variables = made(quantizer, z)
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.5, jnp.float32), variables["params"])
@@ -248,7 +248,7 @@ def test_multiscale_codes():
     biases = [np.asarray(params[f"conv_phi_{k}"]["bias"]) for k in range(3)]
     table = np.asarray(params["codebook"]["embedding"])
     # Places 0, 1/4, …, 1 of the scales against thirds of [0, 1], whose middles are 1/6, 1/2, 5/6.
-    codes, sums, inputs = reference(z, table, kernels, biases, scales, 0.5, (0, 0, 1, 2, 2))
+    codes, sums, inputs = reference(z, table, kernels, biases, scales, 0.3, (0, 0, 1, 2, 2))
     apply = lambda method, *args: jax.jit(lambda: quantizer.apply({"params": params}, *args, method=method))()
     features, out = jax.jit(lambda: quantizer.apply({"params": params}, z, grid=(6, 6), train=False))()
     np.testing.assert_array_equal(out["codes"], codes)
