@@ -71,7 +71,7 @@ def model(image_size, widths) -> dict:
     return {
         "centre": "image",
         "dtype": "float32",
-        "backbone": None,
+        "backbone": {},
         "encoders": {"image": {**half, "bottleneck": {"name": "none"}}},
         "decoders": {"image": {**half, "learned_scale": False}},
         "discriminators": {},

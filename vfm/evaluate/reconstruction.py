@@ -10,7 +10,6 @@ from vfm.errors import UserError
 from vfm.evaluate import Evaluation, cell, distance, options, spaces
 from vfm.evaluate.probe import compare, principal
 from vfm.layers import bottleneck
-from vfm.model import INPUTS
 from vfm.wiring import autoencoded
 
 OPTIONS = {"features": "pixels", "probe_examples": 0, "shown": 8, "interpolations": 4}
@@ -90,28 +89,23 @@ def reader(experiment):
     """A function (weights, dataset, rows) -> {X: Read} of so many rows (0, None: all)."""
     names = autoencoded(experiment.model)
 
-    def run(weights, batch):
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        out, found = experiment.model.apply(weights, **inputs, train=False)[1], {}
-        for name in names:
-            if name in inputs["inputs"]:
-                lead = inputs["inputs"][name].shape[:2]
-                encoded = {key: out[name]["encoder"].get(key) for key in ("mean", "codes")}
-                parts = {"reconstructed": out[name]["reconstructed"], "latents": out[name]["features"]}
-                parts |= {key: x.reshape(*lead, *x.shape[1:]) for key, x in encoded.items() if x is not None}
-                found[name] = parts
-        return found
-
-    step = experiment.jit(run)
+    def parts_of(out, lead) -> dict[str, np.ndarray]:
+        encoded = {key: out["encoder"][key] for key in ("mean", "codes") if key in out["encoder"]}
+        parts = {"reconstructed": out["reconstructed"], "latents": out["features"]}
+        return {key: experiment.fetch(x) for key, x in parts.items()} | {
+            key: experiment.fetch(x).reshape(*lead, *x.shape[1:]) for key, x in encoded.items()
+        }
 
     def read(weights, dataset, rows) -> dict[str, Read]:
         found: dict[str, dict[str, list]] = {}
         for host, batch in experiment.eval_batches(dataset, rows):
             real = (host["example_mask"] > 0)[:, None]
-            for name, parts in step(weights, batch).items():
-                keep = spaces.shown(host["inputs"][name]) & real
-                parts = {key: experiment.fetch(x)[keep] for key, x in parts.items()}
-                parts["items"] = host["inputs"][name][keep]
+            out = experiment.forward(weights, batch)
+            for name in (name for name in names if name in host["inputs"]):
+                items = host["inputs"][name]
+                keep = spaces.shown(items) & real
+                parts = {key: x[keep] for key, x in parts_of(out[name], keep.shape).items()}
+                parts["items"] = items[keep]
                 if "label" in host:
                     parts["labels"] = spaces.of_rows(host["label"], keep)
                 for key, x in parts.items():
