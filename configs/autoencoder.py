@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective = {"name": "reconstruction", "likelihood": "mse"}
     c.data = {**common.DATA, "name": "items", "length": 1, "source": {"name": "digits"}}
     c.data.ranges = {"image": (0.0, 1.0)}
-    c.train.update(steps=1500, batch_size=64)
+    c.train.update(steps=1200, batch_size=64)
     c.optimizer.update(learning_rate=2e-3, weight_decay=0.0)
     c.optimizer.schedule.warmup_steps = 100
     c.eval.update(every=0, evaluators=("reconstruction", "generation"), batch_size=200)
@@ -84,7 +84,7 @@ def spectrograms(c: ConfigDict) -> None:
     c.model = model(image_size=(32, 32), widths=(8, 8, 16, 32))
     sizes = {"train": 1500, "validation": 200, "test": 500}
     c.data.source = {"name": "spectrograms", "source": {"name": "speech", "sizes": sizes}}
-    c.train.update(steps=800, batch_size=32)
+    c.train.update(steps=800, batch_size=16)
 
 
 def recorded(c: ConfigDict) -> None:
@@ -92,7 +92,7 @@ def recorded(c: ConfigDict) -> None:
     c.title = "Autoencoders with the same latents: MNIST"
     c.model = model(image_size=(28, 28), widths=(8, 16, 32))
     c.data.source = digits.recorded_sources("", samples=1)["image"]
-    c.train.update(steps=1500, batch_size=64)
+    c.train.update(steps=800, batch_size=32)
     c.eval.test_limit = 2000
 
 

@@ -37,10 +37,10 @@ PERCEPTUAL = {"random": {"name": "vgg", "stages": (1, 1), "widths": (16, 32), "n
 ADVERSARIAL = {
     "name": "adversarial",
     "reconstruction": {"likelihood": "mse"},
-    "weight": 0.1,
+    "weight": 0.5,
     "start": 300,
     "lead": 100,
-    "perceptual_weight": 0.05,
+    "perceptual_weight": 0.1,
     "perceptual": PERCEPTUAL,
 }
 DISCRIMINATOR = {"image": {"name": "patchgan", "width": 16, "depth": 1, "norm": "group"}}

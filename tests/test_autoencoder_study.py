@@ -1,5 +1,6 @@
 """The study of autoencoders: its grid, its tables from records, and its config."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -8,9 +9,12 @@ from experiments import autoencoder as study
 from experiments import command_line
 from experiments.records import markdown
 from experiments.study import resolve
+from tests import tiny
 from vfm import model as model_lib
 from vfm import objectives
 from vfm.errors import UserError
+from vfm.experiment import Experiment
+from vfm.run import run
 
 SETTINGS = {"schemes": (), "seeds": 3, "variation_seeds": 1}
 
@@ -120,3 +124,24 @@ def test_the_command_that_loads_them_is_one():
     config = command_line.parse(line).config
     assert config.init.match == ("(en|de)coders_image/.*",) == config.optimizer.frozen
     assert config.init.path == "runs/halves"
+
+
+@pytest.mark.slow
+def test_trained_halves_become_those_of_the_foundation_model(tmp_path):
+    """The command of the config's head, with fewer steps: they are there, and they stay."""
+    ours = autoencoder.get_config("digits")
+    ours.train.steps, ours.optimizer.schedule.warmup_steps, ours.eval.test_limit = 2, 1, 40
+    theirs = digits.get_config("smoke")
+    rows = ("(en|de)coders_image/.*",)
+    theirs.init.update(path=str(tmp_path / "halves"), match=rows)
+    theirs.optimizer.frozen = rows
+    with tiny.quick_compilation():
+        run(ours, str(tmp_path / "halves"), jax.devices()[:1])
+        results = run(theirs, str(tmp_path / "whole"), jax.devices()[:1])
+    assert "text_to_image_accuracy" in results
+    halves, whole = (
+        tiny.state(Experiment(c, jax.devices()[:1]), tmp_path / name).params
+        for name, c in (("halves", ours), ("whole", theirs))
+    )
+    for block in ("encoders_image", "decoders_image"):
+        jax.tree.map(np.testing.assert_array_equal, whole[block], halves[block])
