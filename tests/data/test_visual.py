@@ -147,8 +147,20 @@ def test_one_image_is_a_row_of_its_pixels():
     assert dataset.labels is dataset.source.labels
 
 
-def test_rows_are_those_of_blank():
-    found, blank = row(make()), data.blank(SENTENCES, layout=Layout(LENGTH + 3), tokenizer=PALETTE)
+def test_places_count_the_tokens_of_each_image_and_tell_annotations():
+    found = row(make(places=True))
+    positions, types = [0], [0]  # <bos>
+    for _ in range(PAIRS + 1):
+        positions += [*range(1, P + 1), 0, *range(1, P + 1), 0]  # the image, <to>, the annotation, <sep>
+        types += [0] * P + [1] * (P + 1) + [0]
+    np.testing.assert_array_equal(found["block_positions"], [*positions, 0, 0, 0])
+    np.testing.assert_array_equal(found["token_types"], [*types, 0, 0, 0])
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_rows_are_those_of_blank(places):
+    cfg = {**SENTENCES, "places": places}
+    found, blank = row(make(places=places)), data.blank(cfg, layout=Layout(LENGTH + 3), tokenizer=PALETTE)
     shapes = lambda row: {
         name: (np.shape(x), np.asarray(x).dtype) for name, x in row.items() if not isinstance(x, dict)
     }

@@ -12,6 +12,7 @@ from vfm.errors import UserError, unknown
 from vfm.tokenizers.palette import ImageTokenizer
 
 TARGETS = ("all", "annotations")
+PLACES = ("block_positions", "token_types")
 
 
 class VisualSentences:
@@ -25,6 +26,8 @@ class VisualSentences:
     targets: which tokens are predicted, "all" (but <bos>) or "annotations" alone.
     shuffled: the control. Every example's annotation is that of some other image under a task of its own, so that the
     examples tell nothing of the query's task.
+    places: rows say where in its image each token stands, `block_positions` int32[T] (1 to P; 0 between images), and
+    `token_types` int32[T] (1: of an annotation): set model.backbone.num_block_positions=P + 1 and .num_token_types=2.
     answer=False: the row ends before the annotation of the query, nothing is predicted, and `answer` int32[P] holds its
     tokens. For one row and generator, query, task and the first n examples are the same for any number of pairs.
     `labels`: those of the source's items, or None. Raises UserError for a tokenizer that is not one of images, fields
@@ -41,6 +44,7 @@ class VisualSentences:
         held_out: Sequence[str] = (),
         targets: str = "all",
         shuffled: bool = False,
+        places: bool = False,
         *,
         split: str,
         layout: Layout,
@@ -57,7 +61,7 @@ class VisualSentences:
             raise UserError(f"{where}: pairs={pairs} examples of an annotation need `tasks`, and 0 or more of them")
         for name in (*tasks, *held_out):
             check_task(name)
-        self.layout, self.tokenizer, self.targets = layout, tokenizer, targets
+        self.layout, self.tokenizer, self.targets, self.places = layout, tokenizer, targets, places
         self.pairs, self.shuffled, self.answer, self.held_out = pairs, shuffled, answer, split != "train"
         self.tasks = tuple(held_out if held_out and self.held_out else tasks)
         self.sources = dict(opened or {"image": build_source(source, split)})
@@ -77,7 +81,8 @@ class VisualSentences:
     @staticmethod
     def blank(cfg: Mapping, layout: Layout, tokenizer) -> dict:
         """A row of zeros with the arrays of every example, from the config alone: nothing is read."""
-        return interleave([], layout, tokenizer)
+        row = interleave([], layout, tokenizer)
+        return row | ({name: np.zeros_like(row["tokens"]) for name in PLACES} if cfg.get("places") else {})
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,7 +93,7 @@ class VisualSentences:
         bos = Text([tokenizer.bos_id])
         if not self.tasks:
             ids = tokenizer.encode(self._image(index))
-            return interleave([bos, Text(ids, target=self.answer)], self.layout, tokenizer)
+            return self._placed(interleave([bos, Text(ids, target=self.answer)], self.layout, tokenizer))
         images, annotations = self._pairs(index, rng)
         ids = tokenizer.encode(np.stack([*images, *annotations]))
         to, sep = ([tokenizer.token_id(name)] for name in ("<to>", "<sep>"))
@@ -100,8 +105,16 @@ class VisualSentences:
                 Text(annotation, target=self.answer),
                 Text(sep, target=every),
             ]
-        row = interleave(segments if self.answer else segments[:-2], self.layout, tokenizer)
+        row = self._placed(interleave(segments if self.answer else segments[:-2], self.layout, tokenizer))
         return row if self.answer else {**row, "answer": ids[-1]}
+
+    def _placed(self, row: dict) -> dict:
+        """The row with `places`: each image is P tokens behind a special one."""
+        if self.places:
+            step, at = self.tokenizer.length + 1, np.arange(self.layout.length)
+            row |= {"block_positions": at % step, "token_types": at // step % 2 if self.tasks else 0 * at}
+            row |= {name: (row[name] * row["input_mask"]).astype(np.int32) for name in PLACES}
+        return row
 
     def _pairs(self, index: int, rng: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Images and annotations, the query's last."""
