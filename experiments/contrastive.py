@@ -7,10 +7,13 @@ items of a pair from those of other rows (InfoNCE, CLIP). The schemes differ in 
   centre X       bridging (ImageBind: images, CoDi: text): each other modality is paired with X alone, two sets; the
                  third pair is never trained, and what it can do is emergent
   A-B alone      one set: what training on that very pair gives
+  fusion         no shared space: a fusion encoder reads two items together and says how well they match, trained on the
+                 same pairs against pairs of different rows; to rank n items it reads n pairs
   shuffled       a control of each centre: in one of its two sets the partners are drawn at random
 
-Retrieval: an item of one modality asks, and the test items of another are ranked; recall@1 is the share whose first one
-shows the same number. Chance is 0.01. What is never paired is marked by *. Variations of one scheme show what the size
+Retrieval: an item of one modality asks, and the 200 test items of another are ranked; recall@1 is the share whose first
+one shows the same number. Chance is 0.01. What is never paired is marked by *. FLOPs per query are those of reading the
+item that asks and of ranking all others, which were read before. Variations of one scheme show what the size
 of the batch, the temperature, the loss, and the amount of paired data do.
 
 Probes: a linear classifier on the pooled features of the trained encoder, for the digit at each place; the same for the
@@ -22,7 +25,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from configs.contrastive import MODALITIES, PAIRS
+from configs.contrastive import MODALITIES, PAIRS, fusion
 from experiments.records import Spread, spread
 from vfm.errors import UserError, unknown
 
@@ -47,6 +50,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "all pairs": _pairs(*PAIRS),
     **{f"centre {name}": _pairs(*_with(name)) for name in MODALITIES},
     **{f"{pair} alone": {**_pairs(pair), **NO_PROBES} for pair in PAIRS},
+    "fusion, all pairs": fusion(),
     "all pairs, 4 x the pairs, 2 x the steps": {**_pairs(*PAIRS), "data.size": 20_000, "train.steps": 600},
     **{
         f"centre {name}, shuffled": {**_pairs(*_with(name)), **NO_PROBES, "data.shuffled": _with(name)[1:]}
@@ -66,6 +70,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "momentum 0.99, queue 1024": {"objective.momentum": 0.99, "objective.queue": 1024},
     "1/10 of the pairs": {"data.size": 500},
     "1/40 of the pairs": {"data.size": 125},
+    "fusion": fusion(_with("text")),
 }
 VARIED = {f"{BASE}, {name}": {**SCHEMES[BASE], **NO_PROBES, **changes} for name, changes in VARIATIONS.items()}
 ALL = {**SCHEMES, **VARIED}
@@ -119,6 +124,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "seeds": len(group),
             "paired sets": len(trained),
             "training FLOPs": float(group[0]["flops"]),
+            "FLOPs per query": group[0]["metrics"].get("query_flops", "–"),
         }
         shares = []
         for a, b in itertools.permutations(MODALITIES, 2):

@@ -95,10 +95,10 @@ def matching(
     softplus(score(x, y') - score(x', y')), over y' of `negatives` other rows for each row's x (RankNet, Burges et al.
     2005, eq. 3). So it orders pairs, and is no probability.
 
-    pairs: as in `contrastive`. candidates: the other rows are drawn from so many random ones with probabilities that
-    grow with exp(score(x, y')) (hard negatives; in ALBEF, Li et al. 2021, section 3.2, by the scores of another part of
-    the model); 0: all are drawn at random. same_label: rows with an equal `label` are "negative"s of each other, or are
-    "ignored".
+    pairs: as in `contrastive`. candidates: the other rows are drawn from so many random ones, or all that there are,
+    with probabilities that grow with exp(score(x, y')) (hard negatives; in ALBEF, Li et al. 2021, section 3.2, by the
+    scores of another part of the model); 0: all are drawn at random. same_label: rows with an equal `label` are
+    "negative"s of each other, or are "ignored".
 
     Metrics: hits_A-B, the share of rows whose x matches their own y better than all of these y'.
     """
@@ -112,12 +112,12 @@ def matching(
         )
     if same_label not in ("negative", "ignored"):
         raise unknown("same_label", same_label, ("negative", "ignored"), where)
-    drawn = candidates or negatives
 
     def compare(model, pair, x, y, mask, groups, rng, train):
         """Scores float32[B, 1 + N] of each row's x with its own y and those of N other rows; the numbers int32[B, N] of
         these; and which of them count."""
         B = mask.shape[0]
+        drawn = min(candidates or negatives, B - 1)
 
         def score(rows, train):
             first = jax.tree.map(lambda leaf: leaf.repeat(rows.shape[1], axis=0), x)
@@ -138,8 +138,8 @@ def matching(
     def compare_all(model, inputs, mask, labels, rng, train):
         """`compare` for each pair of modalities."""
         B = mask.shape[0]
-        if drawn >= B:
-            raise UserError(f"{where}: in a batch of {B} rows none has {drawn} others")
+        if negatives >= B:
+            raise UserError(f"{where}: in a batch of {B} rows none has {negatives} others")
         read = read_items(model, {name: x.reshape(-1, *x.shape[2:]) for name, x in inputs.items()}, train=train)
         item = lambda name, i: jax.tree.map(lambda leaf: leaf.reshape(B, -1, *leaf.shape[1:])[:, i], read[name])
         found = []
