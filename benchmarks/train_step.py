@@ -1,14 +1,16 @@
-"""One training step of a GPT-2-like, CLIP-like or DiT model here and in PyTorch, side by side: the ratio of step times.
+"""One training step of a GPT-2, CLIP, DiT or VQGAN here and in PyTorch, side by side: the ratio of step times.
 
     python -m benchmarks.train_step [--model=gpt2 --width=256 --depth=6 --length=256 --batch=8 --steps=10 --rounds=5]
     python -m benchmarks.train_step --model=clip --length=32 --batch=32 [--image=64 --patch=8]
     python -m benchmarks.train_step --model=dit --image=16 --batch=32 [--width=384 --depth=12 --heads=6]
+    python -m benchmarks.train_step --model=vqgan --image=32 --width=32 --depth=1 --batch=8
 
 The same weights (written by `transformers`, read by `vfm.interop`), batch, loss, AdamW and fp32 on both sides; the two
 losses of the first steps are compared before anything is timed. PyTorch runs `transformers`' model with
-scaled_dot_product_attention, eager and with torch.compile. Both towers of CLIP have the given width, depth and heads.
-Rounds alternate between the sides, so that other load on the machine meets both; the median over the rounds is
-reported, in wall time and in CPU time of the process. Needs `.[parity]`.
+scaled_dot_product_attention, eager and with torch.compile; the VQGAN (`benchmarks.torch_vqgan`) is eager only. Both
+towers of CLIP have the given width, depth and heads. Rounds alternate between the sides, so that other load on the
+machine meets both; the median over the rounds is reported, in wall time and in CPU time of the process. Needs
+`.[parity]`.
 """
 
 import argparse
@@ -17,12 +19,12 @@ import statistics
 import tempfile
 import time
 
-from benchmarks import torch_dit
+from benchmarks import torch_dit, torch_vqgan
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("gpt2", "clip", "dit"), default="gpt2")
+    parser.add_argument("--model", choices=("gpt2", "clip", "dit", "vqgan"), default="gpt2")
     sizes = {"width": 256, "depth": 6, "heads": 8, "length": 256, "batch": 8, "vocab": 4096, "image": 64, "patch": 8}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -109,7 +111,7 @@ def ours(args, batch, folder, remat: str):
     if args.model == "dit":
         params, loss_fn, batch, learns = torch_dit.ours(folder, batch, remat)
         tx = optax.partition({True: tx, False: optax.set_to_zero()}, learns)
-        return _steps(params, loss_fn, batch, tx, learns)
+        return steps(params, loss_fn, batch, tx, learns)
     model, variables = huggingface.load(folder, remat=remat)
     ids = batch["input_ids"].astype(np.int32)
     if args.model == "gpt2":
@@ -120,10 +122,10 @@ def ours(args, batch, folder, remat: str):
     else:
         objective = {"name": "contrastive", "pairs": ("image-text",)}
         batch = {"inputs": {"image": batch["pixel_values"].transpose(0, 2, 3, 1)[:, None], "text": ids[:, None]}}
-    return _steps(variables["params"], objectives.build(objective, model), batch, tx)
+    return steps(variables["params"], objectives.build(objective, model), batch, tx)
 
 
-def _steps(params, loss_fn, batch, tx, trained=None):
+def steps(params, loss_fn, batch, tx, trained=None, variables=None):
     """run(steps) -> losses."""
     import jax
     import jax.numpy as jnp
@@ -133,7 +135,7 @@ def _steps(params, loss_fn, batch, tx, trained=None):
 
     batch = jax.tree.map(jnp.asarray, batch)
     step = jax.jit(make_train_step(loss_fn, tx, lambda _: RATE, trained=trained), donate_argnums=0)
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), {}, {}, jax.random.key(0))
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), variables or {}, {}, jax.random.key(0))
 
     def run(steps):
         nonlocal state
@@ -146,13 +148,8 @@ def _steps(params, loss_fn, batch, tx, trained=None):
     return run
 
 
-def main():
-    """Prints the table."""
-    args = arguments()
-    if args.threads == 1:
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-    import numpy as np
-
+def transformers_sides(args) -> dict:
+    """{name: run(steps) -> losses} of the models of `transformers`."""
     batch = arrays(args)
     model, eager = theirs(args, batch, compiled=False)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,9 +157,33 @@ def main():
         runs = {"torch eager": eager}
         for remat in ("none", "dots"):  # to compute elementwise steps again can be faster than to keep them
             runs[f"vfm remat={remat}"] = ours(args, batch, folder, remat)
-        if not args.no_compile:
-            runs["torch compile"] = theirs(args, batch, compiled=True)[1]
-        first = {name: run(3) for name, run in runs.items()}
+    if not args.no_compile:
+        runs["torch compile"] = theirs(args, batch, compiled=True)[1]
+    return runs
+
+
+def vqgan_sides(args) -> dict:
+    """{name: run(steps) -> losses} of the VQGAN, from the weights that ours starts with."""
+    import optax
+
+    params, variables, loss_fn, images = torch_vqgan.ours(args)
+    tx = optax.adamw(RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
+    optimizer = {"lr": RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": DECAY}
+    return {
+        "torch eager": torch_vqgan.theirs(args, params, variables, images, optimizer),
+        "vfm": steps(params, loss_fn, {"inputs": {"image": images[:, None]}}, tx, variables=variables),
+    }
+
+
+def main():
+    """Prints the table."""
+    args = arguments()
+    if args.threads == 1:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    import numpy as np
+
+    runs = vqgan_sides(args) if args.model == "vqgan" else transformers_sides(args)
+    first = {name: run(3) for name, run in runs.items()}
     for name, losses in first.items():
         print(f"{name:15s} losses of the first steps: {', '.join(f'{loss:.5f}' for loss in losses)}")
         if not np.allclose(losses, first["torch eager"], rtol=1e-4):
