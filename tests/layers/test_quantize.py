@@ -97,6 +97,8 @@ def test_residual_codes_of_the_reference(io):
     np.testing.assert_allclose(out["quantized"][0], io["out/rvq_quantized"], **CLOSE)
     decoded = quantizer.apply(variables, out["codes"], method="decode")
     np.testing.assert_allclose(decoded, out["quantized"], **CLOSE)
+    used = [np.unique(level).size / 12 for level in io["out/rvq_indices"]]
+    np.testing.assert_allclose(out["usage"], np.mean(used), **CLOSE)  # of each codebook
     sums = np.cumsum(books[np.arange(3), io["out/rvq_indices"].T], axis=1)  # [P, levels, W]
     expected = np.square(io["in/z"][0][:, None] - sums).mean(axis=(0, 2)).mean()
     np.testing.assert_allclose(out["commitment_error"][0], expected, rtol=1e-5)

@@ -22,10 +22,10 @@ class Codebook(nn.Module):
         they stand in the collection `codebook`: n float32[K], sums and embedding float32[K, W]
       codebook_init: "uniform": within ±1 / K (the released VQ-VAE and VQGAN), which can leave most codes unused for
         good; "normal": N(0, 1); "data": latents of the first training batch take their places
-      restart: a code that no latent of so many training steps in a row has chosen becomes a random latent of the batch
-        (as in Jukebox, Dhariwal et al. 2020, section 3.1); 0: never. The latents are those of all devices. `age`
-        int32[K] in the collection `codebook` counts the steps; with "gradient", `offset` float32[K, W] there is what a
-        code was moved by, and the code is parameter + offset
+      restart: a code that no latent of so many training steps in a row has chosen (micro-batches, with accumulation)
+        becomes a random latent of the batch (as in Jukebox, Dhariwal et al. 2020, section 3.1); 0: never. The latents
+        are those of all devices. `age` int32[K] in the collection `codebook` counts the steps; with "gradient",
+        `offset` float32[K, W] there is what a code was moved by, and the code is parameter + offset
       normalize: latents and codes are scaled to length 1, so that the nearest code is that of the largest cosine
         (ViT-VQGAN, Yu et al. 2022, section 3.2)
     """
@@ -200,12 +200,16 @@ class Quantizer(nn.Module):
             "latents": latents,
             "quantized": sums[-1],
             "commitment_error": mean(squared_distance(latents, fixed(total)) for total in sums),
-            **use_of_codes(codes, self.codebook_size),
+            **self.use(codes),
             "rate": jnp.full(len(z), codes[0].size * math.log(self.codebook_size), jnp.float32),
         }
         if self.learns:
             out["codebook_error"] = mean(squared_distance(fixed(latents), total) for total in sums)
         return straight_through(latents, sums[-1]).astype(self.dtype), out
+
+    def use(self, codes: jax.Array) -> dict[str, jax.Array]:
+        """See `use_of_codes`; the mean over the codebooks, where there are several."""
+        return use_of_codes(codes, self.codebook_size)
 
     @property
     def learns(self) -> bool:
@@ -258,6 +262,10 @@ class ResidualQuantizer(Quantizer):
             sums.append(sums[-1] + chosen if sums else chosen)
             rest = rest - jax.lax.stop_gradient(chosen)
         return z, jnp.stack(codes, axis=-1), sums
+
+    def use(self, codes: jax.Array) -> dict[str, jax.Array]:
+        levels = [use_of_codes(codes[..., level], self.codebook_size) for level in range(self.levels)]
+        return jax.tree.map(lambda *values: sum(values) / self.levels, *levels)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Codes int32[B, P, levels] -> float32[B, P, W]."""
