@@ -71,7 +71,7 @@ def model(item_shape, tokens, width, bottleneck) -> dict:
     return {
         "centre": "image",
         "dtype": "float32",
-        "backbone": None,
+        "backbone": {},
         "encoders": {"image": {**half, "width": width, "bottleneck": bottleneck}},
         "decoders": {"image": {**half, "output": "sigmoid"}},
     }

@@ -85,7 +85,7 @@ def test_an_unknown_variant_is_refused(file):
 # Other tests run these smaller: train/test_stages.py, evaluate/test_retrieval.py, evaluate/test_reconstruction.py,
 # objectives/test_adversarial.py,
 # test_backbones_study.py.
-ELSEWHERE = ("staged", "contrastive", "autoencoder", "vqgan", "backbones")
+ELSEWHERE = ("staged", "contrastive", "autoencoder", "vae", "vqgan", "backbones")
 SMOKE = [pytest.param(file, marks=pytest.mark.slow) if file.stem in ELSEWHERE else file for file in FILES]
 
 
