@@ -24,6 +24,12 @@ BASE = {"centre": "image", "dtype": "float32", "backbone": None, "decoders": {"i
 KEY = jax.random.key(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
+
+
 def controlled(**fields):
     return {**BASE, "decoders": {"image": {**DECODER, **CONTROL, **fields}}}
 

@@ -9,6 +9,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
+from tests import tiny
 from vfm.diffusion import PREDICTIONS, Gaussian, discretised_log_likelihood, gaussian_kl, guide
 from vfm.errors import UserError
 
@@ -21,6 +22,12 @@ CASES = ("ddpm_linear_fixed_small", "ddpm_cosine_fixed_large", "ddpm_learned_ran
          "ddpm_sample_prediction", "ddim_eta0", "ddim_eta07", "ddim_v_zero_snr")  # fmt: skip
 X0 = jnp.asarray(np.random.default_rng(0).integers(0, 17, (3, 4, 4, 1)) / 8 - 1, jnp.float32)
 NOISE = jax.random.normal(jax.random.key(1), X0.shape)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
 
 
 @functools.cache
@@ -72,7 +79,7 @@ def test_sampler_steps_are_those_of_the_reference(name):
     steps = process.steps(timesteps, previous)
     x, draws = last(data["in/start"]), iter(data["in/step_noise"])
     for n, t in enumerate(timesteps):
-        step = jax.tree.map(lambda a: a[n], steps)
+        step = type(steps)(*(numbers[n] for numbers in steps))
         output = last(data[f"out/{name}/model_outputs"][n])
         x0, _ = process.denoised(process.split(output)[0], x, step)
         x0 = x0 if clip is None else jnp.clip(x0, -clip, clip)

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax.core import FrozenDict
 
+from tests import tiny
 from vfm import model as model_lib
 from vfm import tree
 from vfm.decoders.diffusion import Diffusion
@@ -17,6 +18,12 @@ FIELDS = dict(item_shape=(4, 6, 1), network=NETWORK, process={"name": "gaussian"
 CONDITION = jax.random.normal(jax.random.key(1), (3, 2, 7))
 ITEMS = jax.random.uniform(jax.random.key(2), (3, 4, 6, 1))
 KEY = jax.random.key(4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
 
 
 def make(**fields):
@@ -72,6 +79,7 @@ def test_guidance_of_one_is_the_conditional_and_zero_the_null_condition(built):
     assert np.abs(traced(4.0) - drawn).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_learned_variance_is_that_of_the_condition_under_guidance():
     """The network's output for the prediction is guided, its variance is not."""
     process = {"name": "gaussian", "timesteps": 20, "variance": "learned_range"}
@@ -144,6 +152,7 @@ VIT = {"name": "vit", "image_size": (4, 6), "channels": 1, "patch_size": 2, "wid
 LATENT = {"encoder": VIT, "decoder": {"name": "autoencoder", "grid": (2, 3), "upsample": (2,), "conv_width": 8}}
 
 
+@pytest.mark.slow
 def test_latent_space_of_a_frozen_first_stage():
     network = {**NETWORK, "patch_size": 1}
     decoder, variables = build(network=network, latent={**LATENT, "scale": 0.5})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests import tiny
 from vfm import model as model_lib
 from vfm import tree
 from vfm.diffusion import guide
@@ -19,6 +20,12 @@ from vfm.interop import diffusers, huggingface
 FIXTURES = pathlib.Path(__file__).resolve().parents[2].parent / "shared" / "fixtures"
 FILE = "diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.skipif(not (FIXTURES / "dit").is_dir(), reason="needs the reference outputs of DiT")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="module")
