@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from vfm import model as model_lib
-from vfm import objectives, tree
+from vfm import objectives, sharding, tree
 from vfm.data.aligned import parse_pairs, slots
 from vfm.errors import UserError
 from vfm.evaluate.matching import item_reader, pair_scores
@@ -194,17 +194,33 @@ def test_random_negatives_are_others_and_change_with_the_key():
     assert len({int(gap.argmin()) for gap in gaps}) > 1 and max(gap.min() for gap in gaps) < 1e-3
 
 
-def test_all_parameters_learn():
-    model, params = setting(False)
-    loss_fn = objectives.build({"name": "matching", "pairs": PAIRS, "candidates": 3}, model)
-    batch = batch_of(np.random.default_rng(1))
+def total(loss_fn):
+    """(params, batch) -> (loss, gradient), jitted."""
 
-    def loss(params):
+    def loss(params, batch):
         terms, _ = loss_fn(params, {}, batch, jax.random.key(0), train=True)
         return sum(total / count for _, total, count in terms.values())
 
-    for path, gradient in tree.flatten(jax.jit(jax.grad(loss))(params)).items():
-        assert np.isfinite(gradient).all() and np.any(gradient), path
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@pytest.mark.slow
+def test_all_parameters_learn_and_two_devices_are_one():
+    """Other rows are those of all devices."""
+    model, params = setting(False)
+    loss_fn = objectives.build({"name": "matching", "pairs": PAIRS, "candidates": 3}, model)
+    batch = batch_of(np.random.default_rng(1))
+    expected, gradients = total(loss_fn)(params, batch)
+    for path, gradient in tree.flatten(gradients).items():
+        assert np.isfinite(gradient).all(), path
+        assert np.any(gradient) or path == "decoders_label/classes/bias", path  # which is the same for all pairs
+    mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
+    with sharding.use_mesh(mesh):
+        there = jax.device_put(batch, sharding.batch_sharding(mesh))
+        found, found_gradients = total(loss_fn)(params, there)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for x, y in zip(jax.tree.leaves(found_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
 
 
 @pytest.mark.parametrize(
