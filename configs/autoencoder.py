@@ -73,7 +73,7 @@ def model(image_size, widths) -> dict:
         "dtype": "float32",
         "backbone": {},
         "encoders": {"image": {**half, "bottleneck": {"name": "none"}}},
-        "decoders": {"image": {**half, "learned_scale": False}},
+        "decoders": {"image": half},
         "discriminators": {},
     }
 
