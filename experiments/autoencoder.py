@@ -17,7 +17,7 @@ its prior; the others draw from ten Gaussians fitted to the latents of training 
 codebook moves to its nearest codes. The probe is linear, on latents of the frozen encoder. All is measured on test
 items that no model has seen. Variations change one thing, with fewer seeds.
 
-What was expected before the first run, with the source of each expectation, is in EXPECTED below, and the second table
+What was expected beforehand, with the source of each expectation, is in EXPECTED below, and the second table
 says what held: "yes" if the means differ that way by more than their standard deviations together, "within the spread"
 if they differ by less, else "no".
 """
@@ -98,7 +98,7 @@ EXPECTED = (
     _expect("Codes cost more than a posterior, at equal floats", "their bits", "VQ-VAE", "mse", 1, "VAE"),
     _expect("The adversarial and perceptual terms do not lower the squared error", "Blau & Michaeli 2018",
             "VQGAN", "mse", 1, "VQ-VAE"),
-    _expect("They lower the Fréchet distance", "Esser et al. 2021, section 4.4", "VQGAN", "Fréchet", -1, "VQ-VAE"),
+    _expect("They lower the Fréchet distance", "Esser et al. 2021", "VQGAN", "Fréchet", -1, "VQ-VAE"),
     _expect("So does the perceptual term alone", "Johnson et al. 2016", "VQ-VAE, perceptual term", "Fréchet", -1,
             "VQ-VAE"),
     _expect("Latents of an AE are better than principal components", "Hinton & Salakhutdinov 2006", "AE", "probe", 1,
@@ -110,13 +110,13 @@ EXPECTED = (
             "AE, samples of one Gaussian"),
     _expect("A mixture is better than the VAE's own prior", "Ghosh et al. 2020, table 1",
             "VAE, samples of the mixture", "samples: Fréchet", -1, "VAE"),
-    _expect("More β, more error", "Higgins et al. 2017, section 4.2", "VAE, β 4", "mse", 1, "VAE, β 0.1"),
+    _expect("More β, more error", "Higgins et al. 2017", "VAE, β 4", "mse", 1, "VAE, β 0.1"),
     _expect("More β, a smaller rate", "Higgins et al. 2017; Alemi et al. 2018", "VAE, β 4", "bits", -1, "VAE, β 0.1"),
     _expect("More β, fewer active units", "Burda et al. 2016, section 5.2", "VAE, β 4", "active units", -1,
             "VAE, β 0.1"),
-    _expect("More codes, less error", "Esser et al. 2021, table 5", "VQ-VAE, 1024 codes", "mse", -1,
+    _expect("More codes, less error", "Esser et al. 2021, released models", "VQ-VAE, 1024 codes", "mse", -1,
             "VQ-VAE, 16 codes"),
-    _expect("EMA learns faster than the gradient", "van den Oord et al. 2017, appendix A.1", "VQ-VAE", "mse", -1,
+    _expect("EMA learns faster than the gradient", "Kaiser et al. 2018", "VQ-VAE", "mse", -1,
             "VQ-VAE, codes by gradient"),
     _expect("Without restart, from a small start, codes stay unused", "Dhariwal et al. 2020, section 3.1",
             "VQ-VAE, codes by gradient, small start, no restart", "codes in use", -1, "VQ-VAE, codes by gradient"),
