@@ -84,7 +84,8 @@ def reconstruction(
       codebook_X, commitment_X   codebook · |sg(z) - e|² and commitment · |z - sg(e)|² of codes (van den Oord et al.
                         2017, eq. 3): means over the latents with the errors, sums over an item's with the others. With
                         averages (update="ema") there is no first one
-      importance_weighted_X      in place of the first two with samples > 1: the bound of k samples (Burda et al. 2016)
+      importance_weighted_X      in training with samples > 1, in place of the first two: minus the bound of so many
+                        samples (Burda et al. 2016). In evaluation the loss is always that of one
 
     Fields:
       likelihood: "mse", "l1"; "gaussian" of standard deviation `sigma`, "logistic" of scale `sigma`, of items with
