@@ -72,7 +72,9 @@ def test_tables_say_what_was_found_and_what_held(tmp_path):
     mse, code = "reconstruction_image_mse", {"codebook_usage_image": 0.75, "code_bits_image": 32.0}
     records = [record("AE", seed, **{mse: 0.010 + 0.002 * seed, "probe_image": 0.9}) for seed in (0, 1)]
     records += [record("VAE", seed, **{mse: 0.0111 + 0.002 * seed, "test_kl_image": np.log(2) * 20}) for seed in (0, 1)]
-    records += [record("VQ-VAE", 0, **{mse: 0.05, **code}), record("VQGAN", 0, **{mse: 0.04, **code})]
+    frechet = "reconstruction_image_frechet"
+    records += [record("VQ-VAE", 0, **{mse: 0.05, frechet: 2.0, **code})]
+    records += [record("VQGAN", 0, **{mse: 0.04, frechet: 1.0, **code})]
     table = study.summarize(records)
     rows = {row["scheme"]: row for row in table}
     assert list(rows) == list(study.SCHEMES)
@@ -83,6 +85,7 @@ def test_tables_say_what_was_found_and_what_held(tmp_path):
     assert found["A posterior costs reconstruction"] == "within the spread"
     assert found["Codes cost more than a posterior, at equal floats"] == "yes"
     assert found["The adversarial and perceptual terms do not lower the squared error"] == "no"
+    assert found["They lower the Fréchet distance"] == "yes"
     assert found["Latents of an AE are better than principal components"] == "yes"
     assert "More β, more error" not in found  # it was not run
     assert "512" in markdown(table) and study.figure(table).axes
