@@ -28,17 +28,18 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tokenizer = {"name": "palette", "vocab_size": len(SPECIAL) + COLORS, "special": SPECIAL, "path": ""}
     length, answer = 1 + (2 * SIZE**2 + 2) * (PAIRS + 1), SIZE**2
     c.model = model(len(SPECIAL) + COLORS, length + answer, LLAMA)
-    c.model.backbone.update(num_block_positions=1 + SIZE**2, num_token_types=2)
+    # Half of each head sees short distances, the other half colours at any distance.
+    c.model.backbone.update(num_token_types=2, rope_theta=100.0, rope_fraction=0.5)
     c.objective = {"name": "next_token"}
     sizes = {"train": 20_000, "validation": 1000, "test": 1000}
     c.data = {
         "name": "visual_sentences",
         "length": length,
-        "source": {"name": "shapes", "size": SIZE, "colors": COLORS, "sizes": sizes},
+        "source": {"name": "shapes", "size": SIZE, "colors": COLORS, "noise": 0.0, "sizes": sizes},
         "pairs": PAIRS,
         "tasks": ("recolor", "flip+recolor", "rotate+recolor"),
         "targets": "annotations",
-        "places": True,
+        "aligned": True,
         **common.DATA,
     }
     c.train.update(steps=3000, batch_size=32)
@@ -79,7 +80,7 @@ def igpt(c: ConfigDict) -> None:
     c.title = "Image GPT on handwritten digits"
     c.tokenizer.vocab_size = len(SPECIAL) + 17
     c.model = model(c.tokenizer.vocab_size, 1 + 64, GPT2, depth=6)
-    del c.data.tasks, c.data.pairs, c.data.targets, c.data.places, c.data.source
+    del c.data.tasks, c.data.pairs, c.data.targets, c.data.aligned, c.data.source
     c.data.update(length=1 + 64, source={"name": "digits"})
     c.train.update(steps=1500, batch_size=64, ema=0.99)
     c.model.backbone.dropout = 0.1

@@ -32,6 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tokenizer = {"name": "byte", "special": SPECIAL}  # there is no text
     size, channels = ((28, 28), 16) if fashion else ((8, 8), 8)
     widths, scales, codes = ((64, 128, 128), (1, 2, 3, 5, 7), 512) if fashion else ((32, 32), (1, 2, 3, 4), 64)
+    if arg == "smoke":
+        widths, scales = (8, 8), (1, 4)
     encoder, decoder = halves(size, widths, channels, scales, codes)
     c.data = {**common.DATA, "name": "items", "length": 1, "source": {"name": "digits"}}
     c.data.update(ranges={"image": (0.0, 1.0)}, augment={"image": {"rotate": 10.0, "scale": 0.1}})

@@ -134,7 +134,10 @@ def test_annotations_by_hand():
     places = {name: {tuple(np.argwhere(apply(name))[0]) for _ in range(60)} for name in ("flip", "rotate", "shift")}
     assert places["flip"] == {(0, 1), (2, 1)} and places["rotate"] == {(1, 0), (2, 1), (1, 2)}
     assert places["shift"] == {(i, j) for i in range(3) for j in range(3)} - {(0, 1)}
-    assert all(apply(name).shape == (3, 3) for name in STEPS if name != "recolor")
+    assert all(apply(name).shape == (3, 3) for name in STEPS if name not in ("recolor", "channels"))
+    colored = rng.random((2, 2, 3)).astype(np.float32)
+    orders = {tuple(np.argsort(Task("channels", rng, (2, 2, 3))(colored)[0, 0])) for _ in range(60)}
+    assert len(orders) == 5  # all but the one that changes nothing
 
 
 def test_one_image_is_a_row_of_its_pixels():
@@ -147,20 +150,22 @@ def test_one_image_is_a_row_of_its_pixels():
     assert dataset.labels is dataset.source.labels
 
 
-def test_places_count_the_tokens_of_each_image_and_tell_annotations():
-    found = row(make(places=True))
+def test_aligned_positions_are_those_of_the_image_for_its_annotation():
+    found = row(make(aligned=True))
     positions, types = [0], [0]  # <bos>
-    for _ in range(PAIRS + 1):
-        positions += [*range(1, P + 1), 0, *range(1, P + 1), 0]  # the image, <to>, the annotation, <sep>
+    for pair in range(PAIRS + 1):
+        first = pair * (P + 1)
+        pixels = range(first + 1, first + P + 1)
+        positions += [*pixels, first, *pixels, first + P + 1]  # the image, <to>, the annotation, <sep>
         types += [0] * P + [1] * (P + 1) + [0]
-    np.testing.assert_array_equal(found["block_positions"], [*positions, 0, 0, 0])
+    np.testing.assert_array_equal(found["positions"], [*positions, 0, 0, 0])
     np.testing.assert_array_equal(found["token_types"], [*types, 0, 0, 0])
 
 
-@pytest.mark.parametrize("places", [False, True])
-def test_rows_are_those_of_blank(places):
-    cfg = {**SENTENCES, "places": places}
-    found, blank = row(make(places=places)), data.blank(cfg, layout=Layout(LENGTH + 3), tokenizer=PALETTE)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_rows_are_those_of_blank(aligned):
+    cfg = {**SENTENCES, "aligned": aligned}
+    found, blank = row(make(aligned=aligned)), data.blank(cfg, layout=Layout(LENGTH + 3), tokenizer=PALETTE)
     shapes = lambda row: {
         name: (np.shape(x), np.asarray(x).dtype) for name, x in row.items() if not isinstance(x, dict)
     }
@@ -204,5 +209,7 @@ def test_what_does_not_fit_is_refused(fields, words):
 def test_recolor_needs_a_palette_and_rotate_a_square():
     with pytest.raises(UserError, match="palette"):
         Task("recolor", np.random.default_rng(0), (4, 4, 3))
+    with pytest.raises(UserError, match="more than one channel"):
+        Task("channels", np.random.default_rng(0), (4, 4, 1))
     with pytest.raises(UserError, match="square"):
         Task("rotate", np.random.default_rng(0), (4, 5, 3))

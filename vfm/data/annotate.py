@@ -54,6 +54,15 @@ def reserved(order: np.ndarray) -> bool:
     return zlib.crc32(np.asarray(order, np.uint8).tobytes()) % _RESERVED == 0
 
 
+def _channels(rng, shape, colors, held_out):
+    if shape[2] < 2:
+        raise UserError(f"the annotation 'channels' needs images of more than one channel, not {shape[2]}")
+    while True:
+        order = rng.permutation(shape[2])
+        if (order != np.arange(shape[2])).any():
+            return order
+
+
 def _recolor(image, order, colors):
     distance = np.square(image[..., None, :] - colors[None, None]).sum(axis=-1)
     return colors[order[distance.argmin(axis=-1)]]
@@ -67,6 +76,7 @@ STEPS = {
     "flip": Step(lambda rng, *_: int(rng.integers(2)), lambda image, axis, colors: np.flip(image, axis)),
     "rotate": Step(_turns, lambda image, turns, colors: np.rot90(image, turns)),
     "shift": Step(_offset, lambda image, offset, colors: np.roll(image, offset, axis=(0, 1))),
+    "channels": Step(_channels, lambda image, order, colors: image[..., order]),
     "recolor": Step(_permutation, _recolor),
 }
 
@@ -75,8 +85,9 @@ class Task:
     """A function image float[H, W, C] -> annotation of the same shape, the same for all pairs of a sentence.
 
     name: steps joined by "+", done from left to right: copy, invert (1 - x), dilate (the brightest of 3×3), edges (the
-    range of 3×3), flip (rows or columns), rotate (quarter turns), shift (cyclic), recolor (a permutation of the
-    palette's colours; a quarter of all permutations is for held-out sentences alone). What a step leaves open is drawn.
+    range of 3×3), flip (rows or columns), rotate (quarter turns), shift (cyclic), channels (a permutation of them),
+    recolor (a permutation of the palette's colours; a quarter of all permutations is for held-out sentences alone).
+    What a step leaves open is drawn.
     colors: float[K, C] of a palette, or None. Raises UserError for unknown steps, and steps that do not fit.
     """
 

@@ -12,7 +12,7 @@ from vfm.errors import UserError, unknown
 from vfm.tokenizers.palette import ImageTokenizer
 
 TARGETS = ("all", "annotations")
-PLACES = ("block_positions", "token_types")
+ALIGNED = ("positions", "token_types")
 
 
 class VisualSentences:
@@ -26,8 +26,8 @@ class VisualSentences:
     targets: which tokens are predicted, "all" (but <bos>) or "annotations" alone.
     shuffled: the control. Every example's annotation is that of some other image under a task of its own, so that the
     examples tell nothing of the query's task.
-    places: rows say where in its image each token stands, `block_positions` int32[T] (1 to P; 0 between images), and
-    `token_types` int32[T] (1: of an annotation): set model.backbone.num_block_positions=P + 1 and .num_token_types=2.
+    aligned: a token of an annotation has the position of its image's token at the same place (`positions` int32[T]),
+    and `token_types` int32[T] tell them apart (1: an annotation): set model.backbone.num_token_types=2.
     answer=False: the row ends before the annotation of the query, nothing is predicted, and `answer` int32[P] holds its
     tokens. For one row and generator, query, task and the first n examples are the same for any number of pairs.
     `labels`: those of the source's items, or None. Raises UserError for a tokenizer that is not one of images, fields
@@ -44,7 +44,7 @@ class VisualSentences:
         held_out: Sequence[str] = (),
         targets: str = "all",
         shuffled: bool = False,
-        places: bool = False,
+        aligned: bool = False,
         *,
         split: str,
         layout: Layout,
@@ -61,7 +61,7 @@ class VisualSentences:
             raise UserError(f"{where}: pairs={pairs} examples of an annotation need `tasks`, and 0 or more of them")
         for name in (*tasks, *held_out):
             check_task(name)
-        self.layout, self.tokenizer, self.targets, self.places = layout, tokenizer, targets, places
+        self.layout, self.tokenizer, self.targets, self.aligned = layout, tokenizer, targets, aligned
         self.pairs, self.shuffled, self.answer, self.held_out = pairs, shuffled, answer, split != "train"
         self.tasks = tuple(held_out if held_out and self.held_out else tasks)
         self.sources = dict(opened or {"image": build_source(source, split)})
@@ -82,7 +82,7 @@ class VisualSentences:
     def blank(cfg: Mapping, layout: Layout, tokenizer) -> dict:
         """A row of zeros with the arrays of every example, from the config alone: nothing is read."""
         row = interleave([], layout, tokenizer)
-        return row | ({name: np.zeros_like(row["tokens"]) for name in PLACES} if cfg.get("places") else {})
+        return row | ({name: np.zeros_like(row["tokens"]) for name in ALIGNED} if cfg.get("aligned") else {})
 
     def __len__(self) -> int:
         return len(self.source)
@@ -109,11 +109,12 @@ class VisualSentences:
         return row if self.answer else {**row, "answer": ids[-1]}
 
     def _placed(self, row: dict) -> dict:
-        """The row with `places`: each image is P tokens behind a special one."""
-        if self.places:
+        """The row with `aligned` positions: each image is P tokens behind a special one."""
+        if self.aligned:
             step, at = self.tokenizer.length + 1, np.arange(self.layout.length)
-            row |= {"block_positions": at % step, "token_types": at // step % 2 if self.tasks else 0 * at}
-            row |= {name: (row[name] * row["input_mask"]).astype(np.int32) for name in PLACES}
+            pair, annotation = np.divmod(at // step, 2) if self.tasks else (at // step, 0 * at)
+            row |= {"positions": pair * step + at % step, "token_types": annotation}
+            row |= {name: (row[name] * row["input_mask"]).astype(np.int32) for name in ALIGNED}
         return row
 
     def _pairs(self, index: int, rng: np.random.Generator) -> tuple[list[np.ndarray], list[np.ndarray]]:
