@@ -59,7 +59,7 @@ class Copy(nn.Module):
 
     item_shape: tuple[int, ...] = (8, 8, 1)
     num_tokens: int = 1
-    in_width: int = 64
+    in_width: int | None = None
 
     generative = True
 

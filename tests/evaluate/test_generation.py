@@ -84,3 +84,24 @@ def test_bad_settings_are_one_line(settings, message):
 def test_a_prior_needs_a_posterior():
     with pytest.raises(UserError, match="needs an encoder with a Gaussian posterior"):
         evaluated(build(config(generation={"density": "prior"})), 40)
+
+
+@pytest.mark.slow
+def test_decoders_behind_a_backbone_draw_for_every_task():
+    """Both evaluators of an any-to-any model whose images come from a generative decoder."""
+    c = tiny.get_config()
+    c.mesh.data = 1
+    c.model.decoders.image = {"name": f"{HERE}.Copy"}
+    del c.model.output_projectors.image
+    c.data.tasks = ("audio->image", "text->image")
+    c.eval.update(evaluators=("any_to_any", "generation"), judge_examples=200)
+    c.eval.generation = {"features": "judge", "brightness": 0.0}
+    experiment = build(c)
+    state = experiment.init_state()
+    found = {}
+    for _, evaluate in experiment.evaluators():
+        found |= evaluate(experiment, state.params, state.variables, "test", 40).metrics
+    for task in ("audio_to_image", "text_to_image"):
+        assert found[f"{task}_accuracy"] == found[f"{task}_agreement"] < 0.3  # black images
+        assert found[f"{task}_diversity"] == 0 and found[f"{task}_frechet"] > 1
+    assert found["judge_image_accuracy"] > 0.8

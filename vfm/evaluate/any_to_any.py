@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from vfm.data.pairs import Task
 from vfm.errors import UserError
 from vfm.evaluate import Evaluation, cell
+from vfm.evaluate.generation import drawer, sampler_settings
 from vfm.evaluate.judge import Judge
 from vfm.generate import generate
+from vfm.wiring import generative
 
 SAMPLES = 8
 
@@ -33,7 +36,8 @@ def any_to_any(experiment, params, variables, split: str, limit: int | None) -> 
     """One accuracy per task of `config.data.tasks`, each over the whole split (or `limit` examples).
 
       a_to_text_accuracy     greedy generation with the cache; exact match of the decoded text with the true word
-      a_to_X_accuracy        X has a decoder: the generated item's class, by a `Judge` fitted on real training items
+      a_to_X_accuracy        X has a decoder: the generated item's class, by a `Judge` fitted on real training items; a
+                             generative decoder samples with the settings of `config.eval.generation`
       a_to_X_class_accuracy  X has no decoder: the class of the predicted features, by a `Judge` fitted on the encoder's
                              features of real training items
 
@@ -94,8 +98,13 @@ def _max_new(tokenizer, words) -> int:
 def _to_item(experiment, variables, prompts, output, judge, limit):
     key = "decoded" if output in experiment.model.decoders else "predicted"
     right, count, rows = 0, 0, []
-    for host, batch in experiment.eval_batches(prompts, limit):
-        items = experiment.fetch(experiment.forward(variables, batch)[output][key])[:, -1]
+    draw = drawer(experiment, output, sampler_settings(experiment)) if output in generative(experiment.model) else None
+    for i, (host, batch) in enumerate(experiment.eval_batches(prompts, limit)):
+        if draw is None:
+            items = experiment.forward(variables, batch)[output][key]
+        else:
+            items = draw(variables, batch, jax.random.key(i))
+        items = experiment.fetch(items)[:, -1]
         real = np.flatnonzero(host["example_mask"])
         classes = judge.predict(_features(items, key)[real])
         labels = host["label"][real]

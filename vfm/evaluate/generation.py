@@ -39,6 +39,11 @@ def _options(experiment) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, given
 
 
+def sampler_settings(experiment) -> dict[str, Any]:
+    """The settings of the samplers in `config.eval.generation`."""
+    return _options(experiment)[1]
+
+
 def _samplers(model) -> dict[str, set[str]]:
     """{X: the settings that its generative decoder's `sample` takes}."""
     parameters = lambda name: inspect.signature(type(model.decoders[name]).sample).parameters
@@ -128,13 +133,10 @@ def _space(experiment, own, name, task) -> tuple[spaces.Space, Judge | None]:
     return space, space.judge or (Judge(training.raw, training.labels) if several else None)
 
 
-def _from_conditions(experiment, weights, own, settings, name, task, split, limit) -> Drawn:
-    """What the model draws for the rows of the split."""
-    model = experiment.model
-    overrides = {} if task is None else {"task": task}
-    truth = experiment.dataset(split, **overrides)
-    asked = truth if task is None else experiment.dataset(split, task=task, answer=False)
-    takes = _samplers(model).get(name, set())
+def drawer(experiment, name: str, settings: Mapping[str, Any]):
+    """A function (weights, batch, key) -> items [B, N, *item_shape] that the model gives for a batch: what a generative
+    decoder draws, with those of the settings that it takes, or what another one decodes."""
+    model, takes = experiment.model, _samplers(experiment.model).get(name, set())
     settings = {field: value for field, value in settings.items() if field in takes}
     conditioned = model.backbone is not None or model.centre in model.encoders
 
@@ -146,7 +148,17 @@ def _from_conditions(experiment, weights, own, settings, name, task, split, limi
         rows = {} if conditioned else {"batch_size": len(batch["example_mask"])}
         return model.apply(weights, name, out, rng=key, **rows, **settings, method="sample")
 
-    step, key = experiment.jit(draw), jax.random.key(own["seed"])
+    return experiment.jit(draw)
+
+
+def _from_conditions(experiment, weights, own, settings, name, task, split, limit) -> Drawn:
+    """What the model draws for the rows of the split."""
+    model = experiment.model
+    overrides = {} if task is None else {"task": task}
+    truth = experiment.dataset(split, **overrides)
+    asked = truth if task is None else experiment.dataset(split, task=task, answer=False)
+    conditioned = model.backbone is not None or model.centre in model.encoders
+    step, key = drawer(experiment, name, settings), jax.random.key(own["seed"])
     items, real, found, seconds = [], [], [], 0.0
     for i, ((host, batch), (full, _)) in enumerate(
         zip(experiment.eval_batches(asked, limit), experiment.eval_batches(truth, limit), strict=True)
