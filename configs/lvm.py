@@ -1,12 +1,13 @@
 """Images alone at the centre: visual sentences, from which a task is inferred, and images pixel by pixel.
 
-    configs/lvm.py        large vision model (LVM, Bai et al. 2024) in the small: sentences of image and annotation
-                          pairs, drawn by procedure. What the annotation is, a permutation of the colours after a
-                          geometric step, must be inferred from the examples; held-out sentences have permutations
-                          that training never saw
-    configs/lvm.py:igpt   image GPT (Chen et al. 2020) on scikit-learn's digits: pixels in raster order, and a linear
-                          probe of every layer
-    configs/lvm.py:smoke  a few steps of the first
+    configs/lvm.py          large vision model (LVM, Bai et al. 2024) in the small: sentences of image and annotation
+                            pairs, drawn by procedure. Which of twelve functions of colours the annotation is (a
+                            permutation of red, green and blue, inverted or not) must be inferred from the examples
+    configs/lvm.py:recolor  the same with any permutation of six colours; held-out sentences have permutations that
+                            training never saw. It takes longer to be learned
+    configs/lvm.py:igpt     image GPT (Chen et al. 2020) on scikit-learn's digits: pixels in raster order, and a linear
+                            probe of every layer
+    configs/lvm.py:smoke    a few steps of the first
 
 Images are tokens of a palette, k-means of the pixels' colours. `visual_accuracy_n` is the share of right tokens of the
 answer after n example pairs, `visual_shuffled_accuracy_n` the control whose examples tell nothing of the task.
@@ -18,11 +19,11 @@ from configs import common
 from vfm.backbones.decoder_only import GPT2, LLAMA
 from vfm.tokenizers.palette import SPECIAL
 
-SIZE, COLORS, PAIRS = 4, 6, 5
+SIZE, COLORS, PAIRS = 4, 8, 4
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    common.check_variant(arg, "lvm", ("igpt", "smoke"))
+    common.check_variant(arg, "lvm", ("igpt", "recolor", "smoke"))
     c = common.base()
     c.title = "Visual sentences: the task is inferred from examples"
     c.tokenizer = {"name": "palette", "vocab_size": len(SPECIAL) + COLORS, "special": SPECIAL, "path": ""}
@@ -37,14 +38,16 @@ def get_config(arg: str = "") -> ConfigDict:
         "length": length,
         "source": {"name": "shapes", "size": SIZE, "colors": COLORS, "noise": 0.0, "sizes": sizes},
         "pairs": PAIRS,
-        "tasks": ("recolor", "flip+recolor", "rotate+recolor"),
+        "tasks": ("copy", "invert", "channels", "channels+invert"),
         "targets": "annotations",
         "aligned": True,
         **common.DATA,
     }
-    c.train.update(steps=3000, batch_size=32)
-    c.optimizer.update(learning_rate=2e-3, weight_decay=0.05)
+    c.train.update(steps=2500, batch_size=32)
+    c.optimizer.update(learning_rate=3e-3, weight_decay=0.05)
     c.eval.update(every=1000, evaluators=("visual",), test_limit=512)
+    if arg == "recolor":
+        recolor(c)
     if arg == "igpt":
         igpt(c)
     if arg == "smoke":
@@ -73,6 +76,16 @@ def model(vocab_size: int, max_len: int, style: dict, width: int = 64, depth: in
         },
         "decoders": {"text": {"name": "text", "vocab_size": vocab_size}},
     }
+
+
+def recolor(c: ConfigDict) -> None:
+    """A permutation must be read off the examples, pixel by pixel, for there are too many to know them all."""
+    c.title = "Visual sentences: a permutation of colours is inferred from examples"
+    colors = 6
+    c.data.source.colors, c.data.tasks = colors, ("recolor",)
+    for block in (c.tokenizer, c.model.encoders.text, c.model.decoders.text):
+        block.vocab_size = len(SPECIAL) + colors
+    c.train.steps = 8000
 
 
 def igpt(c: ConfigDict) -> None:

@@ -113,8 +113,8 @@ def test_images_are_completed_and_probed(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"eval.visual.pairs": (0, 9)}, "eval.visual.pairs=.0, 9. must be from 0 to config.data.pairs=5"),
-        ({"model.backbone.max_len": 210}, "max_len=210"),
+        ({"eval.visual.pairs": (0, 9)}, "eval.visual.pairs=.0, 9. must be from 0 to config.data.pairs=4"),
+        ({"model.backbone.max_len": 180}, "max_len=180"),
     ],
     ids=["pairs", "room"],
 )
