@@ -10,6 +10,7 @@ import pytest
 
 from vfm import model as model_lib
 from vfm import objectives, tree
+from vfm.data.image import Digits
 from vfm.errors import UserError
 from vfm.objectives.next_token import rngs
 from vfm.objectives.reconstruction import importance_bound, negative_log_likelihood
@@ -234,3 +235,34 @@ def test_the_codebook_of_a_frozen_encoder_stays(rows, moves):
     after = jax.jit(step)(state, batch())[0].variables["codebook"]
     same = jax.tree.map(lambda a, b: bool((a == b).all()), after, variables["codebook"])
     assert all(jax.tree.leaves(same)) != moves
+
+
+@pytest.mark.slow
+def test_restarts_keep_a_codebook_in_use_that_would_collapse():
+    """Handwritten digits, 128 codes that start within ±1/128: without help few are ever used."""
+    images = jnp.asarray(Digits("train").images)[:400, None]
+
+    def usage(**fields):
+        neck = {"name": "vq", "codebook_size": 128, **fields}
+        both = {"name": "mlp", "item_shape": (8, 8, 1), "hidden": (64,), "num_tokens": 8}
+        halves = {"encoders": {"image": {**both, "width": 8, "bottleneck": neck}}, "decoders": {"image": both}}
+        model = model_lib.build({"centre": "image", "backbone": None, **halves})
+        variables = dict(jax.jit(lambda: model_lib.init(model, jax.random.key(0), 1))())
+        params, tx = variables.pop("params"), optax.adam(1e-3)
+        step = make_train_step(objectives.build({"name": "reconstruction"}, model), tx, lambda step: 1e-3)
+
+        def body(state, key):
+            rows = jax.random.randint(key, (64,), 0, len(images))
+            return step(state, {"inputs": {"image": images[rows]}, "example_mask": jnp.ones(64)})[0], ()
+
+        state = TrainState(jnp.int32(0), params, tx.init(params), variables, {}, jax.random.key(0))
+        state = jax.jit(lambda state: jax.lax.scan(body, state, jax.random.split(jax.random.key(1), 150))[0])(state)
+        weights = {"params": state.params, **state.variables}
+        run = jax.jit(
+            lambda: model.apply(weights, inputs={"image": images}, train=False)[1]["image"]["encoder"]["usage"]
+        )
+        return float(run())
+
+    assert usage(codebook_init="uniform") < 0.2
+    assert usage(codebook_init="uniform", restart=10) > 0.9
+    assert usage(codebook_init="data", restart=10) > 0.9

@@ -126,7 +126,9 @@ class Codebook(nn.Module):
             dead = self.age.value < 0
             if self.restart:
                 dead = dead | (unused >= self.restart)
-            rows = jax.random.choice(self.make_rng("noise"), len(z), (self.size,), replace=len(z) < self.size)
+            # One from each of K equal parts of the latents: random, all different, and nothing is sorted.
+            place = jnp.arange(self.size) + jax.random.uniform(self.make_rng("noise"), (self.size,))
+            rows = jnp.minimum(place * (len(z) / self.size), len(z) - 1).astype(jnp.int32)
             self._replace(dead, z[rows])
             self.age.value = jnp.where(dead, 0, unused)
 
