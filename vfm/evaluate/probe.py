@@ -225,11 +225,16 @@ def probe(experiment, params, variables, split: str, limit: int | None) -> Evalu
     return Evaluation(measured, {"probe": ("Accuracy by features, on held-out training documents", rows)})
 
 
-def compare(train: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray], labels, *, C: float = 1.0):
-    """{name: accuracy on the test items} of a linear probe on each of several features {name: float[n, ...]}, which
-    are flattened; labels: (int[n] of the training items, int[m] of the test items)."""
+def compare(
+    features: Mapping[str, tuple[np.ndarray, np.ndarray]], labels: tuple[np.ndarray, np.ndarray]
+) -> dict[str, float]:
+    """{name: accuracy on the test items} of a linear probe on each of several features {name: (float[n, ...] of the
+    training items, float[m, ...] of the test items)}, which are flattened; labels: int[n], int[m]."""
     flat = lambda x: x.reshape(len(x), -1)
-    return {name: LinearProbe(flat(train[name]), labels[0], C=C).accuracy(flat(test[name]), labels[1]) for name in test}
+    return {
+        name: LinearProbe(flat(train), labels[0]).accuracy(flat(test), labels[1])
+        for name, (train, test) in features.items()
+    }
 
 
 def principal(train: np.ndarray, test: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

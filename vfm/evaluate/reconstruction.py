@@ -63,24 +63,11 @@ def reconstruction(experiment, params, variables, split: str, limit: int | None)
     weights, measured, samples = {"params": params, **variables}, {}, {}
     read = reader(experiment)
     found = read(weights, experiment.dataset(split), limit)
-    probed = chosen["probe_examples"]
-    training = read(weights, experiment.dataset("train", train=False), probed) if probed else {}
-    untrained = experiment.init_state() if probed else None
+    if chosen["probe_examples"]:
+        measured |= _probes(experiment, weights, read, found, split, limit, chosen["probe_examples"])
     for name, test in found.items():
         measured |= _distances(experiment, chosen["features"], name, test)
         measured |= _latents(experiment, name, test)
-        if probed:
-            before = {"params": untrained.params, **untrained.variables}
-            features = [{"probe": part[name].latents} for part in (training, found)]
-            for part, data, rows in zip(features, ("train", split), (probed, limit)):
-                dataset = experiment.dataset(data, train=False) if data == "train" else experiment.dataset(data)
-                part["probe_random"] = read(before, dataset, rows)[name].latents
-            size = int(np.prod(test.latents.shape[1:]))
-            components = principal(training[name].items, test.items, size)
-            for part, x in zip(features, components):
-                part["probe_pca"] = x
-            scores = compare(*features, (training[name].labels, test.labels))
-            measured |= {f"{kind}_{name}": score for kind, score in scores.items()}
         samples |= _samples(experiment, weights, chosen, name, test)
     return Evaluation(measured, samples)
 
@@ -145,6 +132,26 @@ def nearest_codes(experiment, weights, name: str, latents: np.ndarray) -> np.nda
 
     moved = experiment.jit(lambda weights, x: experiment.model.apply(weights, x, method=move))
     return experiment.fetch(moved(weights, latents))
+
+
+def _probes(experiment, weights, read, found: Mapping[str, Read], split, limit, count: int) -> dict[str, float]:
+    """See `reconstruction`. found: what the model makes of the split; count: of the training items."""
+    state, measured = experiment.init_state(), {}
+    untrained = {"params": state.params, **state.variables}
+    train, test = experiment.dataset("train", train=False), experiment.dataset(split)
+    training, before = read(weights, train, count), (read(untrained, train, count), read(untrained, test, limit))
+    for name, tested in found.items():
+        labels = training[name].labels, tested.labels
+        if any(x is None for x in labels):
+            raise UserError(f"{WHERE}.probe_examples: the data has no labels that a probe could find; set it to 0")
+        components = int(np.prod(tested.latents.shape[1:]))
+        features = {
+            "probe": (training[name].latents, tested.latents),
+            "probe_random": tuple(part[name].latents for part in before),
+            "probe_pca": principal(training[name].items, tested.items, components),
+        }
+        measured |= {f"{kind}_{name}": score for kind, score in compare(features, labels).items()}
+    return measured
 
 
 def _distances(experiment, features: str, name: str, test: Read) -> dict[str, float]:
