@@ -54,7 +54,7 @@ def model(item_shape, width, depth, num_heads) -> dict:
     return {
         "centre": "label",
         "dtype": "float32",
-        "backbone": None,
+        "backbone": {},
         "encoders": {"label": {"name": "label", "num_classes": CLASSES, "width": width}},
         "decoders": {
             "image": {
