@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.model = {
             "centre": "image",
             "dtype": "float32",
-            "backbone": None,
+            "backbone": {},
             "encoders": {"image": encoder},
             "decoders": {"image": decoder},
         }
@@ -114,7 +114,7 @@ def model(width, depth, num_heads, item_shape, latent) -> dict:
     return {
         "centre": "label",
         "dtype": "float32",
-        "backbone": None,
+        "backbone": {},
         "encoders": {"label": {"name": "label", "num_classes": CLASSES, "width": width}},
         "decoders": {
             "image": {
