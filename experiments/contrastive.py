@@ -67,7 +67,11 @@ VARIATIONS: dict[str, dict[str, Any]] = {
         "objective.loss": "sigmoid",
         "model.alignment": {"temperature": 0.1, "max_scale": 100.0, "bias": -10.0},
     },
-    "momentum 0.99, queue 1024": {"objective.momentum": 0.99, "objective.queue": 1024},
+    "momentum 0.9, queue 256, learning rate 6e-3": {
+        "objective.momentum": 0.9,
+        "objective.queue": 256,
+        "optimizer.learning_rate": 6e-3,
+    },
     "1/10 of the pairs": {"data.size": 500},
     "1/40 of the pairs": {"data.size": 125},
     "fusion": fusion(_with("text")),
