@@ -83,10 +83,13 @@ def test_the_model_answers_prompts_of_any_number_of_pairs(tmp_path):
     answers = visual._continue(here, {"params": weights}, batch, 16)
     assert answers.shape == host["answer"].shape == (8, 16)
     assert answers.min() >= len(here.tokenizer.special) and answers.max() < here.tokenizer.vocab_size
-    step = jax.jit(lambda tokens, mask: here.model.apply({"params": weights}, tokens, input_mask=mask, train=False)[0])
-    tokens, used = host["tokens"].copy(), int(host["input_mask"][0].sum())
-    tokens[:, used : used + 16] = answers  # greedy: each is the best code after those before it
-    logits = np.array(step(tokens, np.arange(tokens.shape[1])[None].repeat(8, 0) < used + 16))
+    whole = here.dataset("test", pairs=1)  # the rows with their answers, whose places are looked up
+    rows = [whole.example(i, pipeline.rng(0, i)) for i in range(8)]
+    inputs = {name: np.stack([row[name] for row in rows]) for name in ("tokens", "positions", "token_types")}
+    used = int(host["input_mask"][0].sum())
+    inputs["tokens"][:, used : used + 16] = answers  # greedy: each is the best code after those before it
+    step = jax.jit(lambda inputs: here.model.apply({"params": weights}, **inputs, train=False)[0])
+    logits = np.array(step(inputs))
     logits[..., : len(here.tokenizer.special)] = -np.inf
     np.testing.assert_array_equal(logits[:, used - 1 : used + 15].argmax(axis=-1), answers)
 
