@@ -7,14 +7,15 @@ items of a pair from those of other rows (InfoNCE, CLIP). The schemes differ in 
   centre X       bridging (ImageBind: images, CoDi: text): each other modality is paired with X alone, two sets; the
                  third pair is never trained, and what it can do is emergent
   A-B alone      one set: what training on that very pair gives
-  fusion         no shared space: a fusion encoder reads two items together and says how well they match, trained on the
-                 same pairs against pairs of different rows; to rank n items it reads n pairs
+  fusion         no shared space: a fusion encoder reads two items together and says how well they match; to rank n items
+                 it reads n pairs. It is trained for as many steps, but each of a batch is compared with one other row,
+                 drawn from 16 by its own score, never with one that shows the same number; and a batch has half the rows
   shuffled       a control of each centre: in one of its two sets the partners are drawn at random
 
 Retrieval: an item of one modality asks, and the 200 test items of another are ranked; recall@1 is the share whose first
 one shows the same number. Chance is 0.01. What is never paired is marked by *. FLOPs per query are those of reading the
-item that asks and of ranking all others, which were read before. Variations of one scheme show what the size
-of the batch, the temperature, the loss, and the amount of paired data do.
+item that asks and of ranking all others, which were read before. Variations of one scheme show what the size of the
+batch, the temperature, the loss, and the amount of paired data do.
 
 Probes: a linear classifier on the pooled features of the trained encoder, for the digit at each place; the same for the
 encoder before training, and for as many principal components of the raw items.

@@ -232,7 +232,7 @@ def test_all_parameters_learn_and_two_devices_are_one():
         ({"negatives": 3, "candidates": 2}, {}, "candidates=2 0 or no fewer"),
         ({"same_label": "positive"}, {}, "unknown same_label"),
         ({}, {"decoders": {}}, "needs model.decoders.label"),
-        ({}, {"decoders": {"label": {"name": "classifier", "num_classes": 3}}}, "num_classes=2"),
+        ({}, {"decoders": {"label": {"name": "classifier", "num_classes": 3}}}, "label with num_classes=2"),
         ({}, {"backbone": {"name": "decoder_only", **BLOCK}}, "encoder_only or cross_encoder"),
         ({}, {"backbone": {**MODEL["backbone"], "num_token_types": 2}}, "num_token_types=2 must be 0, or"),
         ({}, {"encoders": {**MODEL["encoders"], "text": {"name": "text", "width": D}}}, "encoders.text.*one token"),

@@ -12,7 +12,6 @@ from vfm import metrics
 from vfm.data.aligned import parse_pairs, slots
 from vfm.errors import UserError, unknown
 from vfm.objectives import Aux, LossFn
-from vfm.objectives.classification import check_label
 from vfm.objectives.contrastive import NEVER, check_paired, paired_items
 from vfm.objectives.next_token import MUTABLE
 from vfm.wiring import reads_two
@@ -24,9 +23,8 @@ def check_pairs(model, where: str) -> None:
     """Refuses a model that cannot read two items together and say whether they match."""
     if model.backbone is None or model.backbone.kind != "encoder_only":
         raise UserError(f"{where} needs a backbone that reads both items: encoder_only or cross_encoder")
-    check_label(model, where.removeprefix("config.objective: "))
-    if model.decoders["label"].num_classes != 2:
-        raise UserError(f"{where} needs model.decoders.label.num_classes=2: no match, and match")
+    if "label" not in model.decoders or model.decoders["label"].num_classes != 2:
+        raise UserError(f"{where} needs model.decoders.label with num_classes=2: no match, and match")
     for name, encoder in model.encoders.items():
         if not encoder.item_shape:
             raise UserError(
