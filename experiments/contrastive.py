@@ -7,9 +7,9 @@ items of a pair from those of other rows (InfoNCE, CLIP). The schemes differ in 
   centre X       bridging (ImageBind: images, CoDi: text): each other modality is paired with X alone, two sets; the
                  third pair is never trained, and what it can do is emergent
   A-B alone      one set: what training on that very pair gives
-  fusion         no shared space: a fusion encoder reads two items together and says how well they match; to rank n items
-                 it reads n pairs. It is trained for as many steps, but each of a batch is compared with one other row,
-                 drawn from 16 by its own score, never with one that shows the same number; and a batch has half the rows
+  fusion         no shared space: a fusion encoder reads two items together and says how well they match, so that to
+                 rank n items it reads n pairs. It is trained for as many steps, in batches of half as many rows; each
+                 row is compared with one other, drawn from 16 by its own score, that shows another number
   shuffled       a control of each centre: in one of its two sets the partners are drawn at random
 
 Retrieval: an item of one modality asks, and the 200 test items of another are ranked; recall@1 is the share whose first
