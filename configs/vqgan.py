@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective = {
         "name": "adversarial",
         "loss": "hinge",
-        "weight": 0.5,
+        "weight": 0.2,
         "start": 600,
         "lead": 100,
         "guard": 1.5,
@@ -44,6 +44,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.update(steps=2000, batch_size=64)
     # Both networks: less memory of earlier gradients than usual, since each changes what the other learns.
     c.optimizer.update(name="adamw", learning_rate=1e-3, b1=0.5, b2=0.9, weight_decay=0.0)
+    # A discriminator that learns as fast as the autoencoder runs ahead of it, and then sees no difference any more.
+    c.optimizer.learning_rate_multipliers = (("discriminators_.*", 0.2), (".*", 1.0))
     c.eval.update(every=500, evaluators=("reconstruction",), batch_size=180)
     c.eval.reconstruction = {"features": "judge", "shown": 8}
     c.checkpoint.best_metric = "mse_image"  # the loss has a part that only says who is ahead
@@ -86,6 +88,7 @@ def features(c: ConfigDict) -> None:
     c.data.augment = {"image": {"shift": 1, "rotate": 10.0, "scale": 0.1}}
     c.train.update(steps=400, ema=0.99)
     c.optimizer.update(b1=0.9, b2=0.999, weight_decay=0.05)
+    del c.optimizer.learning_rate_multipliers
     c.eval.evaluators = ()
     del c.eval.reconstruction
     c.checkpoint.best_metric = "loss"

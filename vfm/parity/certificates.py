@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from vfm.parity import (
     functions,
     tokenizer_files,
+    torch_adversarial,
     torch_cnn,
     transformers_audio,
     transformers_generation,
@@ -84,6 +85,10 @@ def checks() -> Iterator[Check]:
     for name, (run, norm) in cnns.items():
         what = f"{name}: outputs, gradients, running averages"
         yield Check(what, torch, 1e-4, functools.partial(run, norm))
+    for norm in ("batch", "group"):
+        what = f"PatchGAN, {norm} norm: logits, gradients, running averages"
+        yield Check(what, torch, 1e-4, functools.partial(torch_adversarial.patchgan, norm))
+    yield Check("VQGAN: adaptive weight", torch, 1e-4, torch_adversarial.adaptive)
     for pattern in ("gpt2", "cl100k"):
         merges = functools.partial(tokenizer_files.merges, pattern)
         yield Check(f"BPE, {pattern} pattern: merges of the same texts", ("tokenizers",), 0.0, merges)
