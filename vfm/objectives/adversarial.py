@@ -222,7 +222,7 @@ def adversarial(
             own["perceptual"] = {name: jax.tree.map(jnp.asarray, net.variables) for name, net in networks.items()}
         return own
 
-    loss_fn.whole_batch = "weighs two gradients of the whole batch against each other"
+    loss_fn.whole_batch = "weighs two gradients of the whole batch against each other; set train.accumulate=1"
     loss_fn.variables, loss_fn.check_row = variables, plain_loss.check_row
     return loss_fn
 
