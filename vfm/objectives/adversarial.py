@@ -13,6 +13,7 @@ from vfm.objectives import Aux, LossFn, Term
 from vfm.objectives.next_token import MUTABLE
 from vfm.objectives.perceptual import Perceptual
 from vfm.objectives.reconstruction import reconstruction as reconstruction_objective
+from vfm.wiring import autoencoded
 
 # Name -> (loss of the discriminator for logits of real and of generated items, loss of the generator), each per logit.
 LOSSES = {
@@ -104,9 +105,9 @@ def adversarial(
     reconstruction: the fields of the objective `reconstruction`.
 
     Metrics: the terms, without weights; adaptive_weight_X; guard_X, the share of the weight that the guard leaves (less
-    than 1: the discriminator is too strong; lower weight or raise start); logits_real_X and logits_fake_X, means. In
-    evaluation λ is that of the last step of training. What is counted on (steps, λ, errors) is in the collection
-    "adversarial", and the perceptual network in "perceptual": it is frozen, and in the checkpoints.
+    than 1: the discriminator is too strong; lower its learning rate or weight, or raise start); logits_real_X and
+    logits_fake_X, means. In evaluation λ is that of the last step of training. Steps, λ and errors are kept in the
+    collection "adversarial", and the perceptual network in "perceptual": it is frozen, and in the checkpoints.
     """
     where = "config.objective: adversarial"
     names = tuple(sorted(model.discriminators))
@@ -122,7 +123,7 @@ def adversarial(
     if guard and guard < 1:
         raise UserError(f"{where}: guard={guard} must be at least 1, a factor of the error (or 0: none)")
     for name in names:
-        if name not in model.encoders or name not in model.decoders:
+        if name not in autoencoded(model):
             raise UserError(f"{where}: discriminators.{name} needs encoders.{name} and decoders.{name}, an autoencoder")
     tails = {name: _last_layer(model.decoders[name], name, where) for name in names} if adaptive else {}
     of_discriminator, of_generator = LOSSES[loss]
