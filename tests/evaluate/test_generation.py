@@ -73,7 +73,7 @@ def test_densities():
     [
         ({"brightnes": 1.0}, "unknown field 'brightnes' in config.eval.generation; did you mean 'brightness'"),
         ({"density": "priors"}, "unknown density 'priors'.*did you mean 'prior'"),
-        ({"features": "nowhere"}, "'nowhere' is neither 'pixels' nor 'judge' nor the folder of a run"),
+        ({"features": "nowhere"}, "pixels, judge or a folder.='nowhere' is not the folder of a run"),
     ],
 )
 def test_bad_settings_are_one_line(settings, message):

@@ -118,7 +118,7 @@ def test_features_can_be_those_of_a_run(tmp_path):
     [
         (
             {"reconstruction": {"features": "nowhere"}},
-            "'nowhere' is neither 'pixels' nor 'judge' nor the folder of a run",
+            "pixels, judge or a folder.='nowhere' is not the folder of a run",
         ),
         (
             {"reconstruction": {"feature": "judge"}},

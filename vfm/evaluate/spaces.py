@@ -1,19 +1,16 @@
 """Features in which sets of items are compared: raw values, a judge's, or those of a network of the user's own."""
 
 import inspect
-import json
-import pathlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from vfm import data
-from vfm.blocks import TABLES, build_block
 from vfm.errors import UserError
 from vfm.evaluate.judge import Judge
-from vfm.train.checkpoint import Checkpointer
+from vfm.train.trained_encoder import open_encoder, restore_encoder
 
 OWN = ("pixels", "judge")  # the spaces that need no run
 
@@ -73,7 +70,7 @@ def check_space(experiment, name: str, choice: str, where: str) -> None:
                 f"{where}='judge' needs data with labels, and the dataset {experiment.config.data.name!r} has none"
             )
     elif choice != "pixels":
-        _config_of(choice, name, experiment, where)
+        _open(choice, name, experiment, where)
 
 
 def space(experiment, name: str, choice: str, where: str, training: Items) -> Space:
@@ -95,41 +92,22 @@ def space(experiment, name: str, choice: str, where: str, training: Items) -> Sp
     return Space(_encoder(choice, name, experiment, where))
 
 
-def _config_of(folder: str, name: str, experiment, where: str) -> tuple[pathlib.Path, dict[str, Any]]:
-    path = pathlib.Path(folder).expanduser()
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-        cfg = config["model"]["encoders"][name]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{where}={folder!r} is neither {' nor '.join(map(repr, OWN))} nor the folder of a run whose model has "
-            f"encoders.{name}"
-        ) from None
-    encoder = build_block(TABLES["encoders"], cfg, f"{where}: model.encoders.{name}")
+def _open(folder: str, name: str, experiment, where: str):
+    """(config, encoder) of a run, whose items must be those here."""
+    config, encoder = open_encoder(folder, name, f"{where} ({', '.join(OWN)} or a folder)")
     wanted = experiment.layout.modality(name).item_shape
     if tuple(encoder.item_shape) != tuple(wanted):
         raise UserError(
             f"{where}={folder!r}: its encoders.{name} takes items of shape {tuple(encoder.item_shape)}, and those here "
             f"have {tuple(wanted)}"
         )
-    return path, {**config, "encoder": encoder}
+    return config, encoder
 
 
 def _encoder(folder: str, name: str, experiment, where: str) -> Callable[[np.ndarray], np.ndarray]:
-    path, config = _config_of(folder, name, experiment, where)
-    encoder, block = config["encoder"], f"encoders_{name}"
-    example = np.zeros((1, *encoder.item_shape), np.float32)
-    shapes = jax.eval_shape(lambda: encoder.init({"params": jax.random.key(0)}, example, train=False))
+    config, encoder = _open(folder, name, experiment, where)
     place = jax.sharding.NamedSharding(experiment.mesh, jax.sharding.PartitionSpec())
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), dict(shapes))
-    branch = "ema" if config["train"]["ema"] else "params"
-    wanted: dict[str, Any] = {branch: {block: shapes.pop("params")}}
-    if shapes:
-        wanted["variables"] = {collection: {block: leaves} for collection, leaves in shapes.items()}
-    with Checkpointer(path / "checkpoints", read_only=True) as checkpointer:
-        found, _ = checkpointer.restore_partial(wanted)
-    variables = {collection: leaves[block] for collection, leaves in found.get("variables", {}).items()}
-    variables["params"] = found[branch][block]
+    variables = restore_encoder(folder, config, encoder, name, place)
 
     @jax.jit
     def encode(variables, items):

@@ -12,7 +12,6 @@ The section `perceptual` of an objective says which network:
     seed        of the random weights
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 from vfm.blocks import TABLES, build_block
 from vfm.errors import UserError, unknown
 from vfm.interop import lpips
-from vfm.train.checkpoint import Checkpointer
+from vfm.train.trained_encoder import open_encoder, restore_encoder
 
 FIELDS = {"path": "", "encoder": "", "checkpoint": "latest", "heads": "", "random": None, "seed": 0}
 
@@ -79,9 +78,13 @@ class Perceptual:
             self.encoder = _maps(block, size, f"{where}.random")
             variables = jax.device_get(jax.jit(lambda key: self._init(key))(jax.random.key(fields["seed"])))
         elif path.is_dir():
-            config, block = _of_run(path, fields["encoder"] or name, where)
+            theirs = fields["encoder"] or name
+            config, block = open_encoder(path, theirs, f"{where}.path")
             self.encoder = _maps(block, size, where)
-            variables = self._restore(path, config, fields["encoder"] or name, fields["checkpoint"])
+            mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
+            everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            variables = restore_encoder(path, config, self.encoder, theirs, everywhere, fields["checkpoint"])
+            variables = jax.device_get(variables)
         else:
             self.encoder, params = lpips.vgg16(str(path), size, where)
             variables, self._mean, self._std = {"params": params}, lpips.MEAN, lpips.STD
@@ -111,34 +114,6 @@ class Perceptual:
 
     def _init(self, key) -> dict[str, Any]:
         return dict(self.encoder.init(key, jnp.zeros((1, *self.encoder.item_shape)), train=False))
-
-    def _restore(self, path: pathlib.Path, config, name: str, checkpoint: str) -> dict[str, Any]:
-        """The variables that the encoder has in a run: of its average where it keeps one, as in its evaluation."""
-        mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(jax.sharding.AxisType.Auto,))
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        shapes = jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere),
-            jax.eval_shape(self._init, jax.random.key(0)),
-        )
-        branch = "ema" if config["train"]["ema"] else "params"
-        wanted: dict[str, Any] = {branch: {f"encoders_{name}": shapes.pop("params")}}
-        if shapes:
-            wanted["variables"] = {kind: {f"encoders_{name}": leaves} for kind, leaves in shapes.items()}
-        with Checkpointer(path / "checkpoints", read_only=True) as checkpointer:
-            step = int(checkpoint) if checkpoint.isdecimal() else checkpoint
-            found, _ = checkpointer.restore_partial(wanted, step)
-        kinds = {"params": found[branch], **found.get("variables", {})}
-        return jax.device_get({kind: leaves[f"encoders_{name}"] for kind, leaves in kinds.items()})
-
-
-def _of_run(path: pathlib.Path, name: str, where: str):
-    """(config, encoder) of a run."""
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-        cfg, _ = config["model"]["encoders"][name], config["train"]["ema"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{where}.path: {path} is not the folder of a run whose model has encoders.{name}") from None
-    return config, build_block(TABLES["encoders"], cfg, f"{where}.path: model.encoders.{name}")
 
 
 def _maps(block, size: tuple[int, int], where: str):
