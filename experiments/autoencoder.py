@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs.autoencoder import CODES
+from experiments import grids
 from experiments.records import Spread, spread
-from vfm.errors import UserError, unknown
 
 GAUSSIAN = {"name": "gaussian"}
 VQ = {"name": "vq", "codebook_size": CODES, "update": "ema", "codebook_init": "data", "restart": 100}
@@ -125,17 +125,7 @@ EXPECTED = (
 
 def runs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All schemes with all seeds, seed by seed, then the variations with `variation_seeds` seeds."""
-    for name in settings["schemes"]:
-        if name not in ALL:
-            raise unknown("scheme", name, ALL, "config.study.schemes")
-    for field in ("seeds", "variation_seeds"):
-        if settings[field] < 1:
-            raise UserError(f"config.study.{field}={settings[field]} must be at least 1")
-    found = []
-    for group, seeds in ((SCHEMES, settings["seeds"]), (VARIED, settings["variation_seeds"])):
-        chosen = [name for name in group if not settings["schemes"] or name in settings["schemes"]]
-        found += [{**group[name], "seed": seed} for seed in range(seeds) for name in chosen]
-    return found
+    return grids.seeded(settings, SCHEMES, VARIED)
 
 
 def scheme(record: Mapping[str, Any]) -> str:

@@ -27,8 +27,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.contrastive import MODALITIES, PAIRS, fusion
+from experiments import grids
 from experiments.records import Spread, spread
-from vfm.errors import UserError, unknown
 
 
 def _pairs(*pairs: str) -> dict[str, Any]:
@@ -83,17 +83,7 @@ ALL = {**SCHEMES, **VARIED}
 
 def runs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All schemes with all seeds, seed by seed, then the variations with `variation_seeds` seeds."""
-    for name in settings["schemes"]:
-        if name not in ALL:
-            raise unknown("scheme", name, ALL, "config.study.schemes")
-    for field in ("seeds", "variation_seeds"):
-        if settings[field] < 1:
-            raise UserError(f"config.study.{field}={settings[field]} must be at least 1")
-    found = []
-    for group, seeds in ((SCHEMES, settings["seeds"]), (VARIED, settings["variation_seeds"])):
-        chosen = [name for name in group if not settings["schemes"] or name in settings["schemes"]]
-        found += [{**group[name], "seed": seed} for seed in range(seeds) for name in chosen]
-    return found
+    return grids.seeded(settings, SCHEMES, VARIED)
 
 
 class Emergent(Spread):

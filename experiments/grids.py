@@ -1,0 +1,29 @@
+"""Grids of runs out of named schemes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vfm.errors import UserError, unknown
+
+Schemes = Mapping[str, Mapping[str, Any]]
+
+
+def seeded(settings: Mapping[str, Any], schemes: Schemes, variations: Schemes) -> list[dict[str, Any]]:
+    """The overrides of all schemes with `settings.seeds` seeds, seed by seed, so that an interrupted study has whole
+    comparisons; then of the variations with `settings.variation_seeds`.
+
+    settings.schemes: the names of those that are wanted; (): all. Raises `UserError` for an unknown name, and for no
+    seeds.
+    """
+    known = {**schemes, **variations}
+    for name in settings["schemes"]:
+        if name not in known:
+            raise unknown("scheme", name, known, "config.study.schemes")
+    for field in ("seeds", "variation_seeds"):
+        if settings[field] < 1:
+            raise UserError(f"config.study.{field}={settings[field]} must be at least 1")
+    found = []
+    for group, seeds in ((schemes, settings["seeds"]), (variations, settings["variation_seeds"])):
+        chosen = [name for name in group if not settings["schemes"] or name in settings["schemes"]]
+        found += [{**group[name], "seed": seed} for seed in range(seeds) for name in chosen]
+    return found
