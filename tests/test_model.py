@@ -359,7 +359,10 @@ def test_labels_without_a_backbone_read_the_summary_of_the_centre():
     "changes, message",
     [
         ({"centre": "audio"}, "model.centre='audio' is no encoder; without a backbone decoders.label reads"),
-        ({"decoders": {"sound": {"name": "autoencoder"}}}, r"decoders.sound \(ConvDecoder\) needs a backbone, or encoders"),
+        (
+            {"decoders": {"sound": {"name": "autoencoder"}}},
+            r"decoders.sound \(ConvDecoder\) needs a backbone, or encoders",
+        ),
         ({"input_projectors": {"image": {"name": "linear"}}}, "input_projectors.image leads nowhere"),
         (
             {"decoders": {"label": {"name": "classifier", "in_width": 7}}},
