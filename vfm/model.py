@@ -14,7 +14,7 @@ from vfm.blocks import TABLES, build_block
 from vfm.data.interleave import Layout, Modality
 from vfm.errors import UserError, unknown
 from vfm.sharding import constrain
-from vfm.wiring import check, controls, generative, labels, modalities, num_signals, reads_two
+from vfm.wiring import check, controls, generative, labels, modalities, num_signals, reads_two, text_is_item
 
 # Arguments that go to the backbone as they are, where it has them.
 BACKBONE_INPUTS = (
@@ -396,7 +396,7 @@ def example_batch(model: VFM, length: int, batch_size: int = 1) -> dict[str, Any
         "starts": {name: index for name in shapes if name in model.encoders},
         "signal_starts": {name: index for name in shapes},
     }
-    if "text" in model.encoders:
+    if "text" in model.encoders and not text_is_item(model):
         batch["tokens"] = jax.ShapeDtypeStruct((batch_size, length), jnp.int32)
         if reads_two(model.backbone):
             batch["decoder_tokens"] = batch["tokens"]
