@@ -27,12 +27,12 @@ class Noisy(nn.Module):
     generative = True
 
     def setup(self):
-        self.mean = nn.Dense(16)
-        self.start = self.param("start", nn.initializers.normal(1.0), (1, 8))
+        self.projection = nn.Dense(16)
+        self.query_start = self.param("query_start", nn.initializers.normal(1.0), (8,))
 
     def _mean(self, condition, batch_size):
-        pooled = self.start.repeat(batch_size, axis=0) if condition is None else condition.mean(axis=1)
-        return self.mean(pooled).reshape(-1, *self.item_shape)
+        pooled = self.query_start[None].repeat(batch_size, axis=0) if condition is None else condition.mean(axis=1)
+        return self.projection(pooled).reshape(-1, *self.item_shape)
 
     def __call__(self, condition, items=None, *, train: bool):
         mean = self._mean(condition, 1 if items is None else len(items))

@@ -50,6 +50,51 @@ def test_several_files_and_text_give_text(trained):
     assert (trained / "report.html").read_text() == report  # the report of the training stays
 
 
+def drawing(encoders, centre, **generate):
+    """An experiment whose model has no backbone and one generative decoder, of images, and its random weights."""
+    c = tiny.config(**RUN)
+    with c.unlocked():
+        c.model = {"centre": centre, "backbone": {}, "encoders": encoders}
+        c.model.decoders = {"image": {"name": "tests.test_generative.Noisy", "item_shape": (4, 4, 1)}}
+        c.data = {"name": "items", "length": 1, "source": {"name": "digits"}, "workers": 0, "skip_corrupt": False}
+        c.objective, c.eval.evaluators = {"name": "generation"}, ()
+        c.generate.update(generate)
+    experiment = Experiment(c, jax.devices()[:1])
+    state = experiment.init_state()
+    return experiment, {"params": state.params, "variables": state.variables}
+
+
+LABEL = {"label": {"name": "label", "num_classes": 3, "width": 8}}
+
+
+def test_a_class_gives_as_many_items_as_are_asked_for(tmp_path):
+    experiment, weights = drawing(LABEL, "label", task="label->image", text="2", samples=2)
+    infer.answer(experiment, weights, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "generated.jsonl").read_text().splitlines()]
+    assert [record["answer"] for record in records] == ["generated_image_0.npy", "generated_image_1.npy"]
+    first, second = (np.load(tmp_path / record["answer"]) for record in records)
+    assert first.shape == (4, 4, 1) and np.abs(first - second).max() > 0.1
+    assert (tmp_path / "generated.html").read_text().count("<img") == 2
+
+
+def test_a_model_without_a_condition_draws_too(tmp_path):
+    infer.answer(*drawing({}, "image", task="image->image"), tmp_path)
+    assert np.load(tmp_path / "generated_image.npy").shape == (4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "generate, words",
+    [
+        ({"task": "label->image", "text": "3"}, "config.generate.text='3' must be the number of a class, 0 to 2"),
+        ({"task": "label->image", "text": "two"}, "config.generate.text='two' must be the number of a class"),
+        ({"task": "", "text": "two"}, "config.generate.task='' must be 'label->image' with this model"),
+    ],
+)
+def test_what_a_model_without_a_backbone_cannot_answer(generate, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        infer.answer(*drawing(LABEL, "label", **generate), tmp_path)
+
+
 def test_a_file_gives_an_item_and_depends_on_it(trained):
     def image(audio):
         np.save(trained / "audio.npy", audio)

@@ -15,9 +15,12 @@ from vfm.data.image import read_image
 from vfm.data.interleave import Input, Output, Text, interleave
 from vfm.data.pairs import Task
 from vfm.errors import UserError, unknown
+from vfm.evaluate.generation import drawer, sampler_settings
 from vfm.generate import bucket, check_length, fill, generate, stream
 from vfm.sampling import Sampling
 from vfm.stopping import TextStream, cut, stop_strings
+from vfm.tokenizers import ImageTokenizer
+from vfm.wiring import generative
 
 # Fields of `config.generate` that are those of `Sampling`.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "min_new")
@@ -38,28 +41,48 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
       beams        more than 1: beam search; length_penalty, early_stopping (false, true, never): see `beam_search`
       mask, steps  of an encoder-only backbone, which fills the masks of the text: see `fill`
 
+    A generative decoder draws `samples` items, with the settings of its sampler in `config.eval.generation`. A model
+    without a backbone draws under the item of its centre, "label->image": a class is given as `text`, "3"; the items of
+    other modalities as files.
+
     Raises `UserError` for fields out of range, and for files that are missing, cannot be read, or do not fit the
     modality.
     """
-    cfg = experiment.config.generate
+    cfg, model = experiment.config.generate, experiment.model
+    draws = generative(model)
+    if model.backbone is None and not draws:
+        raise UserError(
+            "config.mode=generate needs a backbone or a generative decoder; evaluators tell what an autoencoder gives "
+            "back and draws (config.mode=evaluate)"
+        )
     _check(experiment, cfg)
     inputs, output = Task.split(cfg.task) if cfg.task else (("text",), "text")
+    if model.backbone is None and (output not in draws or inputs != (model.centre,)):
+        asked = f"{model.centre}->{draws[0]}"
+        raise UserError(f"config.generate.task={cfg.task!r} must be {asked!r} with this model, which has no backbone")
+    if "text" in (*inputs, output) and isinstance(experiment.tokenizer, ImageTokenizer):
+        raise UserError(
+            f"config.mode=generate writes text, and the tokens of tokenizer {experiment.config.tokenizer.name!r} are "
+            "images; the evaluator 'visual' draws them (config.mode=evaluate)"
+        )
     files = _files(cfg.files)
     for name in {*inputs, output} - {"text"}:
         experiment.layout.modality(name)
+    alone = model.backbone is None  # the class of an item of its centre, or nothing, is given then
+    given_as_text = {name for name in inputs if name == "text" or (alone and not _from_file(experiment, name))}
     for name in files:
         if name not in inputs:
             raise UserError(f"config.generate.files gives {name!r}, which is no input of the task {cfg.task!r}")
-    if missing := set(inputs) - {"text"} - set(files):
+    if missing := set(inputs) - given_as_text - set(files):
         raise UserError(f"config.generate.files: the task {cfg.task!r} needs {', '.join(sorted(missing))}=FILE")
-    row = _row(experiment, inputs, output, files)
-    count = cfg.samples if output == "text" else 1
+    row = _row(experiment, inputs, output, files) if model.backbone is not None else _items(experiment, files)
+    count = cfg.samples if output == "text" or output in draws else 1
     shards = math.prod(experiment.mesh.shape[axis] for axis in experiment.rules["batch"])
     full = -(-count // shards) * shards  # the mesh divides the batch; rows are alike until sampling parts them
     host = {**jax.tree.map(lambda x: np.stack([x] * full), row), "example_mask": np.ones((full,), np.float32)}
     batch, variables = experiment.put(host), {"params": weights["params"], **weights["variables"]}
     page = report.Report(experiment.config.title or "vfm")
-    cells = [("text", cfg.text)] if "text" in inputs else []
+    cells = [("text", cfg.text)] if cfg.text and given_as_text & {*inputs} else []
     cells += [_cell(experiment, name, host["inputs"][name][0, 0]) for name in files]
     request = {"task": cfg.task, "text": cfg.text, "files": files}
     records, rows = [], []
@@ -69,6 +92,16 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
         for text, more in found:
             records.append({**request, "answer": text, **more})
             rows.append([*cells, ("text", text)])
+    elif output in draws:
+        draw = drawer(experiment, output, sampler_settings(experiment))
+        items = experiment.fetch(draw(variables, batch, jax.random.key(experiment.config.seed)))[:count, 0]
+        for i, item in enumerate(items):
+            file = path / f"generated_{output}{f'_{i}' if count > 1 else ''}.npy"
+            records.append({**request, "answer": file.name, "is": "drawn"})
+            rows.append([*cells, _cell(experiment, output, item)])
+            if distributed.is_main():
+                np.save(file, item)
+                print(f"wrote {file}")
     else:
         found = experiment.forward(variables, batch)[output]
         key = "decoded" if "decoded" in found else "predicted"
@@ -110,11 +143,30 @@ def _check(experiment, cfg) -> None:
         )
     if 1 < cfg.beams < cfg.samples:
         raise UserError(f"config.generate.samples={cfg.samples} is more than config.generate.beams={cfg.beams}")
-    if cfg.stream and (cfg.samples > 1 or cfg.beams > 1 or experiment.model.backbone.kind == "encoder_only"):
+    in_order = getattr(experiment.model.backbone, "kind", "encoder_only") != "encoder_only"
+    if cfg.stream and (cfg.samples > 1 or cfg.beams > 1 or not in_order):
         raise UserError(
             "config.generate.stream prints one answer as it comes: set samples and beams to 1 (an encoder-only "
             "backbone has no such order)"
         )
+
+
+def _from_file(experiment, name: str) -> bool:
+    """Whether a modality has an encoder, and items that are more than one number."""
+    return name in experiment.model.encoders and bool(experiment.layout.modality(name).item_shape)
+
+
+def _items(experiment, files) -> dict:
+    """The item of the centre as one row of a batch for a model without a backbone."""
+    cfg, centre = experiment.config.generate, experiment.model.centre
+    if centre not in experiment.model.encoders:
+        return {}
+    if centre in files:
+        return {"inputs": {centre: _read(experiment, centre, files[centre])[None]}}
+    classes = getattr(experiment.model.encoders[centre], "num_classes", None)
+    if not cfg.text.isdecimal() or (classes and int(cfg.text) >= classes):
+        raise UserError(f"config.generate.text={cfg.text!r} must be the number of a class, 0 to {classes - 1}")
+    return {"inputs": {centre: np.array([int(cfg.text)], np.int32)}}
 
 
 def _row(experiment, inputs, output, files) -> dict:
