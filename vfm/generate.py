@@ -145,7 +145,7 @@ def make_plan(model, variables, batch, max_new, eos_id, pad_id, start_id, unroll
         raise UserError(f"{max_new} new tokens do not fit in a blank of model.backbone.num_block_positions={rows}")
     eos = tuple(map(int, np.atleast_1d(eos_id)))
     pad = pad_id if pad_id is not None else eos[0] if eos else 0
-    unroll = unrolls(variables["params"]["backbone"]) if unroll is None else unroll
+    unroll = unrolls(variables.get("params", {}).get("backbone", {})) if unroll is None else unroll
     return Plan(max_new, eos, int(pad), None if start_id is None else int(start_id), bool(unroll), sampling)
 
 

@@ -42,11 +42,13 @@ def test_binarization():
     item = lambda items, seed: items.example(0, rng(seed))["inputs"]["image"][0]
     np.testing.assert_array_equal(item(how("threshold"), 0), image > 0.5)
     np.testing.assert_array_equal(item(how("fixed"), 0), item(how("fixed"), 1))
-    stochastic = np.stack([item(how("stochastic"), seed) for seed in range(2000)])
+    drawn = how("stochastic")
+    stochastic = np.stack([item(drawn, seed) for seed in range(2000)])
     assert set(np.unique(stochastic)) == {0.0, 1.0} and stochastic.dtype == np.float32
     assert np.abs(stochastic.mean(axis=0) - image).max() < 0.06  # five standard deviations of 2000 draws
-    fixed = np.stack([how("fixed").example(i, rng())["inputs"]["image"] for i in range(300)])
-    grey = np.stack([dataset().source[i]["image"] for i in range(300)])
+    drawn, source = how("fixed"), dataset().source
+    fixed = np.stack([drawn.example(i, rng())["inputs"]["image"] for i in range(300)])
+    grey = np.stack([source[i]["image"] for i in range(300)])
     assert abs(fixed.mean() - grey.mean()) < 0.01
     for first, second in zip(*(eval_batches(how("stochastic", split="test"), 8, 16) for _ in range(2))):
         np.testing.assert_array_equal(first["inputs"]["image"], second["inputs"]["image"])

@@ -319,7 +319,7 @@ def test_rows_of_other_pairs_are_refused(setting):
     [
         ({"input_projectors": {"image": {"name": "linear", "width": 4}}}, "the shared space has one width"),
         ({"encoders": {**CONFIG["encoders"], "text": {"name": "text", "vocab_size": 9}}}, "'text_transformer'"),
-        ({"decoders": {"image": {"name": "autoencoder"}}}, "model.decoders.image needs a backbone"),
+        ({"decoders": {"sound": {"name": "autoencoder"}}}, r"decoders.sound \(ConvDecoder\) needs a backbone"),
         ({"alignment": {"temprature": 0.1}}, "unknown field 'temprature' in model.alignment; did you mean"),
         ({"alignment": {"temperature": 0.0}}, "temperature=0.0 must be more than 0"),
         ({"alignment": None}, "model.centre is missing"),

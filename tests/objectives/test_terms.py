@@ -138,7 +138,7 @@ def test_a_target_without_an_encoder_is_generated_only():
     [
         ({"name": "next_tokens"}, "unknown objective 'next_tokens'.* did you mean 'next_token'"),
         ({"name": "any_to_any", "conversions": 1.0}, "unknown field 'conversions'.* did you mean 'conversion'"),
-        ({}, "objective has no `name`. Known: any_to_any, .*next_token"),
+        ({}, "objective has no `name`. Known: adversarial, any_to_any, .*next_token"),
     ],
 )
 def test_unknown_names_are_told(cfg, message):
