@@ -9,6 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import tiny
+from vfm import model as model_lib
+from vfm import objectives
 from vfm.errors import UserError
 from vfm.run import run
 
@@ -74,6 +76,14 @@ def test_every_variant_is_a_config(file):
         assert not arg or f"configs/{file.name}:{arg} " in module.__doc__  # told in the file
     assert len(seen) == len(variants(file))
     assert module.get_config().to_json() == module.get_config("").to_json()
+
+
+@every_file
+def test_every_variant_is_a_model_with_its_objective(file):
+    module = load(file)
+    for arg in variants(file):
+        config = module.get_config(arg)
+        objectives.build(config.objective, model_lib.build(config.model))
 
 
 @every_file
