@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from vfm.objectives import LossFn
+from vfm.objectives.next_token import MUTABLE
 from vfm.train.state import TrainState
 
 
@@ -26,8 +27,8 @@ def make_train_step(
     that of the whole batch, also under masks: a first pass counts what each loss term divides by (the compiler drops
     all else of it), so that every micro-batch's gradient has the right weight.
 
-    trained: for every parameter whether it learns. The gradient of the others is zero, and is not computed; and the
-    codebooks of a block of which no parameter learns stay as they are.
+    trained: for every parameter whether it learns. The gradient of the others is zero, and is not computed; and what
+    training moves without a gradient, such as codebooks, stays in a block of which no parameter learns.
     """
 
     def split(x):
@@ -76,7 +77,7 @@ def make_train_step(
         rng = jax.random.fold_in(state.rng, state.step)
         differentiate = gradients if accumulate == 1 else accumulated
         grads, variables, loss, measured = differentiate(state.params, state.variables, batch, rng)
-        variables = with_frozen_codebooks(variables, state.variables, trained)
+        variables = with_frozen_blocks(variables, state.variables, trained)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -99,13 +100,14 @@ def make_train_step(
     return train_step
 
 
-def with_frozen_codebooks(new: Any, old: Any, trained: Any) -> Any:
-    """The new variables, with the old codebooks of the blocks (encoders_X, …) of which no parameter learns."""
-    if trained is None or "codebook" not in new:
+def with_frozen_blocks(new: Any, old: Any, trained: Any) -> Any:
+    """The new variables, with the old ones (`MUTABLE`: codebooks, batch statistics) of the blocks (encoders_X, …) of
+    which no parameter learns."""
+    if trained is None:
         return new
     stays = lambda block: block in trained and not any(jax.tree.leaves(trained[block]))
-    kept = {block: old["codebook"][block] if stays(block) else leaf for block, leaf in new["codebook"].items()}
-    return {**new, "codebook": kept}
+    keep = lambda kind: {block: old[kind][block] if stays(block) else leaf for block, leaf in new[kind].items()}
+    return {**new, **{kind: keep(kind) for kind in MUTABLE if kind in new}}
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable:
