@@ -22,7 +22,6 @@ says what held: "yes" if the means differ that way by more than their standard d
 if they differ by less, else "no".
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,15 +127,6 @@ def runs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return grids.seeded(settings, SCHEMES, VARIED)
 
 
-def scheme(record: Mapping[str, Any]) -> str:
-    """The name of a record's scheme, found by its overrides."""
-    plain = lambda values: json.loads(json.dumps({k: v for k, v in values.items() if k != "seed"}))
-    for name, overrides in ALL.items():
-        if plain(overrides) == plain(record["overrides"]):
-            return name
-    return json.dumps(plain(record["overrides"]))
-
-
 # Column -> metric of a run.
 COLUMNS = {
     "mse": "reconstruction_image_mse",
@@ -169,7 +159,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each scheme, over its seeds."""
     groups: dict[str, list] = {}
     for record in records:
-        groups.setdefault(scheme(record), []).append(record)
+        groups.setdefault(grids.scheme(record, ALL), []).append(record)
     rows = []
     for name in (n for n in (*ALL, *groups) if n in groups):
         group = groups.pop(name)
@@ -247,7 +237,7 @@ def pictures(records: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, tu
 
     first: dict[str, Path] = {}
     for record in records:
-        first.setdefault(scheme(record), folder / "runs" / record["run"] / "figures")
+        first.setdefault(grids.scheme(record, ALL), folder / "runs" / record["run"] / "figures")
     found = {}
     for name, caption in DRAWN.items():
         sheets = {title: path / f"{name}.png" for title, path in first.items() if title in SCHEMES}

@@ -22,7 +22,6 @@ encoder before training, and for as many principal components of the raw items.
 """
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -93,20 +92,11 @@ class Emergent(Spread):
         return f"{super().__str__()} *"
 
 
-def scheme(record: Mapping[str, Any]) -> str:
-    """The name of a record's scheme, found by its overrides."""
-    plain = lambda values: json.loads(json.dumps({k: v for k, v in values.items() if k != "seed"}))
-    for name, overrides in ALL.items():
-        if plain(overrides) == plain(record["overrides"]):
-            return name
-    return json.dumps(plain(record["overrides"]))
-
-
 def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each scheme, over its seeds; what is marked by * is emergent."""
     groups: dict[str, list] = {}
     for record in records:
-        groups.setdefault(scheme(record), []).append(record)
+        groups.setdefault(grids.scheme(record, ALL), []).append(record)
     gather = lambda group, name: spread(record["metrics"][name] for record in group if name in record["metrics"])
     direct = {frozenset(name.split()[0].split("-")): group for name, group in groups.items() if name.endswith(" alone")}
     rows = []

@@ -1,5 +1,6 @@
 """Grids of runs out of named schemes."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,3 +28,12 @@ def seeded(settings: Mapping[str, Any], schemes: Schemes, variations: Schemes) -
         chosen = [name for name in group if not settings["schemes"] or name in settings["schemes"]]
         found += [{**group[name], "seed": seed} for seed in range(seeds) for name in chosen]
     return found
+
+
+def scheme(record: Mapping[str, Any], schemes: Schemes) -> str:
+    """The name of the scheme whose overrides a record has, but for the seed; the overrides as JSON if there is none."""
+    plain = lambda values: json.loads(json.dumps({k: v for k, v in values.items() if k != "seed"}))
+    for name, overrides in schemes.items():
+        if plain(overrides) == plain(record["overrides"]):
+            return name
+    return json.dumps(plain(record["overrides"]))

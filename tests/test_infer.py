@@ -95,6 +95,21 @@ def test_what_a_model_without_a_backbone_cannot_answer(generate, words, tmp_path
         infer.answer(*drawing(LABEL, "label", **generate), tmp_path)
 
 
+def test_a_condition_that_is_no_class_comes_from_a_file(tmp_path):
+    vector = {"source": {"name": "vector", "num_features": 4, "width": 8}}
+    np.save(tmp_path / "v.npy", np.full(4, np.nan, np.float32))
+    experiment, weights = drawing(vector, "source", task="source->image", files=f"source={tmp_path}/v.npy")
+    with pytest.raises(UserError, match="holds numbers that are not finite"):
+        infer.answer(experiment, weights, tmp_path)
+    np.save(tmp_path / "v.npy", np.ones(4, np.float32))
+    infer.answer(experiment, weights, tmp_path)
+    assert np.load(tmp_path / "generated_image.npy").shape == (4, 4, 1)
+    text = {"text": {"name": "text_transformer", "vocab_size": 300, "length": 4, "width": 8}}
+    text["text"]["backbone"] = {"name": "encoder_only", "depth": 1, "num_heads": 2, "mlp_dim": 8}
+    with pytest.raises(UserError, match="config.generate.text='a' must be the number of a class; items of text"):
+        infer.answer(*drawing(text, "text", task="text->image", text="a"), tmp_path)
+
+
 def test_a_file_gives_an_item_and_depends_on_it(trained):
     def image(audio):
         np.save(trained / "audio.npy", audio)

@@ -192,15 +192,22 @@ def test_the_lock_of_a_run_lasts_as_long_as_its_process(tmp_path):
         assert ours
 
 
-def test_records_of_several_processes_are_whole(tmp_path):
-    path = tmp_path / "records.jsonl"
-    add = lambda n: [records.append(path, {"run": f"{n}.{i}", "text": "x" * 5000}) for i in range(20)]
-    threads = [threading.Thread(target=add, args=(n,)) for n in range(4)]
+def test_a_torn_line_is_mended_without_losing_what_others_write(tmp_path, monkeypatch):
+    path, mend = tmp_path / "records.jsonl", records.write_atomic
+    path.write_bytes(b'{"run": "a"}\n{"run": "to')
+
+    def slowly(*args):
+        time.sleep(0.3)
+        mend(*args)
+
+    monkeypatch.setattr(records, "write_atomic", slowly)
+    threads = [threading.Thread(target=records.append, args=(path, {"run": name})) for name in "bc"]
     for thread in threads:
         thread.start()
+        time.sleep(0.1)  # the second comes while the first mends
     for thread in threads:
         thread.join()
-    assert len(records.read(path)) == 80
+    assert [record["run"] for record in records.read(path)] == ["a", "b", "c"]
 
 
 def test_the_time_that_is_left_is_told(tmp_path, monkeypatch, runs, capsys):

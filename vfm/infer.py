@@ -162,10 +162,17 @@ def _items(experiment, files) -> dict:
     if centre not in experiment.model.encoders:
         return {}
     if centre in files:
-        return {"inputs": {centre: _read(experiment, centre, files[centre])[None]}}
+        item = _read(experiment, centre, files[centre])
+        if not experiment.layout.modality(centre).readable(item):
+            raise UserError(f"config.generate.files: {centre}={files[centre]} holds numbers that are not finite")
+        return {"inputs": {centre: item[None]}}
     classes = getattr(experiment.model.encoders[centre], "num_classes", None)
-    if not cfg.text.isdecimal() or (classes and int(cfg.text) >= classes):
-        raise UserError(f"config.generate.text={cfg.text!r} must be the number of a class, 0 to {classes - 1}")
+    if _from_file(experiment, centre) or not cfg.text.isdecimal() or (classes and int(cfg.text) >= classes):
+        known = f", 0 to {classes - 1}" if classes else ""
+        raise UserError(
+            f"config.generate.text={cfg.text!r} must be the number of a class{known}; items of {centre} that are more "
+            f"than that are given by config.generate.files={centre}=FILE"
+        )
     return {"inputs": {centre: np.array([int(cfg.text)], np.int32)}}
 
 
