@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vfm.data.records import CorruptRecord, check_split, class_files, stream
+from vfm.data.records import CorruptRecord, class_files
+from vfm.data.synthetic import SyntheticDigits
 from vfm.errors import UserError
 
 # ITU-T Q.23, figure 1: (low group, high group) in Hz for the keys 0–9.
@@ -19,7 +20,7 @@ DTMF_HZ = (
 )  # fmt: skip
 
 
-class Dtmf:
+class Dtmf(SyntheticDigits):
     """Dual-tone multi-frequency signals of the keypad's digits, as a telephone line would carry them.
 
     duration: length of the window in seconds. tone: range of the tone's length in seconds; it begins anywhere
@@ -34,6 +35,8 @@ class Dtmf:
     tone length is above the 40 ms that ITU-T Q.24 (11/88) demands at least.
     """
 
+    name = "dtmf"
+
     def __init__(
         self,
         split: str,
@@ -47,32 +50,14 @@ class Dtmf:
         seed: int = 0,
         cache: bool = False,
     ):
-        sizes = dict(sizes or {"train": 2000, "validation": 500, "test": 1000})
-        self.split = check_split(split, sizes, "source 'dtmf'")
-        self.sample_rate, self.samples = int(sample_rate), round(sample_rate * duration)
+        super().__init__(split, sample_rate, duration, sizes, seed, cache)
         if not 0 < tone[0] <= tone[1] <= duration:
             raise UserError(f"source 'dtmf': tone={tuple(tone)} s must be a range within duration={duration} s")
         if self.sample_rate <= 2 * 1477:
             raise UserError(f"source 'dtmf': sample_rate={sample_rate} is too low for 1477 Hz (use 8000)")
         self.ranges = tuple(tone), tuple(level_db), tuple(twist_db), tuple(snr_db)
-        self.seed = seed
-        self.labels = (np.arange(sizes[split]) % 10).astype(np.int32)
-        self.cache: dict[int, np.ndarray] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict:
-        index = range(len(self))[index]
-        audio = None if self.cache is None else self.cache.get(index)
-        if audio is None:
-            audio = self._make(index)
-            if self.cache is not None:
-                self.cache[index] = audio
-        return {"audio": audio, "label": int(self.labels[index])}
-
-    def _make(self, index: int) -> np.ndarray:
-        rng = stream(self.seed, "dtmf", self.split, index)
+    def make(self, label: int, rng: np.random.Generator) -> np.ndarray:
         tone, level, twist, snr = (low + (high - low) * rng.random() for low, high in self.ranges)
         count = min(round(tone * self.sample_rate), self.samples)
         onset = int(rng.integers(0, self.samples - count + 1))
@@ -80,7 +65,7 @@ class Dtmf:
         high = low * 10 ** (twist / 20)
         time = np.arange(count, dtype=np.float32)
         pair = np.zeros((count,), np.float32)
-        for amplitude, hertz in zip((low, high), DTMF_HZ[index % 10]):
+        for amplitude, hertz in zip((low, high), DTMF_HZ[label]):
             phase = rng.random() * 2 * math.pi
             step = np.float32(2 * math.pi * hertz / self.sample_rate)
             pair += np.float32(amplitude) * np.sin(step * time + np.float32(phase))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vfm.data.records import check_split, stream
+from vfm.data.synthetic import SyntheticDigits
 from vfm.errors import UserError
 
 
@@ -58,7 +58,7 @@ BANDWIDTHS = (60.0, 90.0, 150.0)  # of the formants, in Hz
 FRAME = 0.005  # seconds between two settings of the vocal tract
 
 
-class Speech:
+class Speech(SyntheticDigits):
     """The digits "zero" to "nine", spoken with a voice of its own in every item, in noise.
 
     Voiced sound is a sum of harmonics, noise is filtered; both follow the formants of a list of phones (`PHONES`).
@@ -73,6 +73,8 @@ class Speech:
     Sources: Peterson & Barney 1952; Klatt 1980, "Software for a cascade/parallel formant synthesizer".
     """
 
+    name = "speech"
+
     def __init__(
         self,
         split: str,
@@ -86,34 +88,16 @@ class Speech:
         seed: int = 0,
         cache: bool = True,
     ):
-        sizes = dict(sizes or {"train": 2000, "validation": 500, "test": 1000})
-        self.split = check_split(split, sizes, "source 'speech'")
+        super().__init__(split, sample_rate, duration, sizes, seed, cache)
         if sample_rate < 8000:
             raise UserError(f"source 'speech': sample_rate={sample_rate} must be at least 8000, for the hiss of an s")
         if duration < 0.2:
             raise UserError(f"source 'speech': duration={duration} s must be at least 0.2, for a word")
-        self.sample_rate, self.samples = int(sample_rate), round(sample_rate * duration)
         self.ranges = tuple(pitch), tuple(tract), tuple(speed), tuple(snr_db)
-        self.seed = seed
-        self.labels = (np.arange(sizes[split]) % 10).astype(np.int32)
-        self.cache: dict[int, np.ndarray] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict:
-        index = range(len(self))[index]
-        audio = None if self.cache is None else self.cache.get(index)
-        if audio is None:
-            audio = self._make(index)
-            if self.cache is not None:
-                self.cache[index] = audio
-        return {"audio": audio, "label": int(self.labels[index])}
-
-    def _make(self, index: int) -> np.ndarray:
-        rng = stream(self.seed, "speech", self.split, index)
+    def make(self, label: int, rng: np.random.Generator) -> np.ndarray:
         pitch, tract, speed, snr = (low + (high - low) * rng.random() for low, high in self.ranges)
-        word = self._word(WORDS[index % 10][1].split(), pitch, tract, speed, rng)
+        word = self._word(WORDS[label][1].split(), pitch, tract, speed, rng)
         onset = int(rng.integers(0, self.samples - len(word) + 1))
         noise = np.sqrt(np.square(word).mean()) * 10 ** (-snr / 20)
         audio = noise * rng.standard_normal(self.samples)
