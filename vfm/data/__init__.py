@@ -5,10 +5,12 @@ import inspect
 from vfm.data.aligned import Composed, Records
 from vfm.data.construct import construct, plain
 from vfm.data.fused import Matching, Parity
+from vfm.data.in_context import InContext
 from vfm.data.items import Items
 from vfm.data.mixture import Mixture
 from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
+from vfm.data.questions import Questions
 from vfm.data.sources import fields, texts
 from vfm.data.text import Text
 from vfm.data.visual import VisualSentences
@@ -17,12 +19,14 @@ from vfm.errors import unknown
 __all__ = [
     "DATASETS",
     "Composed",
+    "InContext",
     "Items",
     "Matching",
     "Mixture",
     "Pairs",
     "Parity",
     "Pipeline",
+    "Questions",
     "Records",
     "Text",
     "VisualSentences",
@@ -35,11 +39,13 @@ __all__ = [
 
 DATASETS = {
     "composed": Composed,
+    "in_context": InContext,
     "items": Items,
     "matching": Matching,
     "mixture": Mixture,
     "pairs": Pairs,
     "parity": Parity,
+    "questions": Questions,
     "records": Records,
     "text": Text,
     "visual_sentences": VisualSentences,

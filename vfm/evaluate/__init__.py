@@ -50,9 +50,12 @@ def cell(experiment, name: str, item: Any) -> tuple:
     return ("text", np.array2string(item, precision=2, threshold=8))
 
 
+from vfm.evaluate.answers import answers, check_answers  # noqa: E402
 from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
 from vfm.evaluate.continuation import check_continuation, continuation  # noqa: E402
+from vfm.evaluate.course import check_course, course  # noqa: E402
 from vfm.evaluate.generation import check_generation, generation  # noqa: E402
+from vfm.evaluate.in_context import check_in_context, in_context  # noqa: E402
 from vfm.evaluate.matching import check_matching, matching  # noqa: E402
 from vfm.evaluate.probe import check_probe, probe  # noqa: E402
 from vfm.evaluate.reconstruction import check_reconstruction, reconstruction  # noqa: E402
@@ -61,9 +64,12 @@ from vfm.evaluate.text import check_text, text  # noqa: E402
 from vfm.evaluate.visual import check_visual, visual  # noqa: E402
 
 EVALUATORS = {
+    "answers": answers,
     "any_to_any": any_to_any,
     "continuation": continuation,
+    "course": course,
     "generation": generation,
+    "in_context": in_context,
     "matching": matching,
     "probe": probe,
     "reconstruction": reconstruction,
@@ -72,9 +78,12 @@ EVALUATORS = {
     "visual": visual,
 }
 CHECKS = {
+    "answers": check_answers,
     "any_to_any": check_any_to_any,
     "continuation": check_continuation,
+    "course": check_course,
     "generation": check_generation,
+    "in_context": check_in_context,
     "matching": check_matching,
     "probe": check_probe,
     "reconstruction": check_reconstruction,

@@ -14,12 +14,14 @@ from vfm.tokenizers.decoders import Stream
 from vfm.tokenizers.formats import byte_level_tokenizer, save_tiktoken
 from vfm.tokenizers.palette import ImageTokenizer, Palette, train_palette
 from vfm.tokenizers.split import Splitter
+from vfm.tokenizers.symbols import SymbolTokenizer
 from vfm.tokenizers.tokenizer import Tokenizer
 from vfm.tokenizers.training import train
 
 __all__ = [
-    "TOKENIZERS", "AddedToken", "ByteTokenizer", "Codes", "ImageTokenizer", "Palette", "Stream", "Tokenizer", "build",
-    "load", "reads", "save", "save_tiktoken", "train_bpe", "train_config", "train_palette", "untrained",
+    "TOKENIZERS", "AddedToken", "ByteTokenizer", "Codes", "ImageTokenizer", "Palette", "Stream", "SymbolTokenizer",
+    "Tokenizer", "build", "load", "reads", "save", "save_tiktoken", "train_bpe", "train_config", "train_palette",
+    "untrained",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ TOKENIZERS = {
     "codes": trained_codes,
     "file": load,
     "palette": trained_palette,
+    "symbols": SymbolTokenizer,
 }
 # Those that a run trains on its training split, and the field of the records that they read.
 READS = {"bpe": "text", "codes": "image", "palette": "image"}

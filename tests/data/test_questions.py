@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+
+from vfm import data
+from vfm.data.interleave import Layout
+from vfm.errors import UserError
+from vfm.tokenizers import SymbolTokenizer
+
+TOKENIZER = SymbolTokenizer(symbols="0123456789+=\n")
+
+
+class Sums:
+    """a + b for one digit a and b; the splits take turns."""
+
+    labels = None
+
+    def __init__(self, split: str, tasks: bool = False, size: int = 30):
+        place = ("train", "validation", "test").index(split)
+        self.pairs = [divmod(i, 10) for i in range(100) if i % 3 == place][:size]
+        self.tasks = tasks
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        a, b = self.pairs[index]
+        item = {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+        return item | ({"task": "even" if a % 2 == 0 else "odd"} if self.tasks else {})
+
+
+SOURCE = {"name": f"{__name__}.Sums"}
+
+
+def build(split="train", length=10, **fields):
+    cfg = {"name": "questions", "source": SOURCE, **fields}
+    return data.build(cfg, split, layout=Layout(length), tokenizer=TOKENIZER)
+
+
+def text(ids):
+    return TOKENIZER.decode(ids)
+
+
+@pytest.mark.parametrize("loss", ["answer", "all"])
+def test_a_row_and_where_its_loss_is(loss):
+    dataset = build(loss=loss)
+    for index in range(len(dataset)):
+        item, row = dataset.items[index], dataset.example(index)
+        ids = [1, *TOKENIZER.encode(item["prompt"] + item["answer"]), 2]
+        assert row["tokens"][row["input_mask"]].tolist() == ids
+        assert (row["tokens"][~row["input_mask"]] == TOKENIZER.pad_id).all()
+        kept = row["targets"][row["loss_mask"] > 0].tolist()
+        wanted = item["answer"] if loss == "answer" else item["prompt"] + item["answer"]
+        assert kept == [*TOKENIZER.encode(wanted), 2]
+        # Each of them is the token behind its place.
+        at = np.flatnonzero(row["loss_mask"])
+        np.testing.assert_array_equal(row["tokens"][at + 1], row["targets"][at])
+
+
+def test_blank_is_a_row():
+    cfg = {"name": "questions", "source": SOURCE}
+    blank, row = data.blank(cfg, layout=Layout(10), tokenizer=TOKENIZER), build().example(0)
+    assert blank.keys() == row.keys()
+    assert all(blank[key].shape == row[key].shape for key in ("tokens", "targets", "loss_mask", "input_mask"))
+
+
+def test_shots_are_solved_examples_of_the_training_split_and_never_the_question():
+    dataset = build(length=40, shots=4)
+    known = {item["prompt"] + item["answer"] for item in dataset.items}
+    seen = set()
+    for index in range(len(dataset)):
+        row = dataset.example(index, np.random.default_rng(index))
+        *shots, question = text(row["tokens"]).split("\n")
+        assert len(set(shots)) == 4 and question not in shots and {*shots, question} <= known
+        assert text(row["targets"][row["loss_mask"] > 0]) == dataset.items[index]["answer"]
+        seen |= {*shots}
+    assert len(seen) > 20
+    one, two = (dataset.example(3, np.random.default_rng(0))["tokens"] for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    test = build("test", length=40, shots=4)
+    *shots, _ = text(test.example(0, np.random.default_rng(0))["tokens"]).split("\n")
+    assert {*shots} <= known
+
+
+def test_shots_of_the_task_alone():
+    dataset = build(length=40, shots=3, shots_tasks=True, source={**SOURCE, "tasks": True})
+    for index in range(len(dataset)):
+        parts = text(dataset.example(index, np.random.default_rng(index))["tokens"]).split("\n")
+        assert len({int(part[0]) % 2 for part in parts}) == 1
+
+
+def test_a_source_without_questions():
+    with pytest.raises(UserError, match="source 'digits' gives image, label, no 'prompt'"):
+        build(source={"name": "digits"})
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"length": 7}, r"longest row of the train split has 8 tokens .*'3\+9='.*config.data.length"),
+        ({"length": 10, "shots": 1}, r"has 15 tokens .* and 7 of 1 solved example"),
+        ({"length": 400, "shots": 30}, "needs more than 30 examples in the split 'train'; it has 30"),
+        ({"shots": -1}, "shots=-1"),
+        ({"loss": "anser"}, "did you mean 'answer'"),
+    ],
+    ids=["too long", "too long with shots", "too few", "shots", "loss"],
+)
+def test_refusals(fields, message):
+    with pytest.raises(UserError, match=message):
+        build(**fields)
