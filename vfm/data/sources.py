@@ -9,11 +9,13 @@ A damaged record raises `CorruptRecord`.
 from collections.abc import Iterator
 from typing import Any
 
+from vfm.data.arithmetic import Addition, Modular, Relations
 from vfm.data.arrays import Npz
 from vfm.data.audio import AudioFolder, Dtmf
 from vfm.data.construct import construct
 from vfm.data.documents import Jsonl, Stdlib
 from vfm.data.image import Digits, ImageFolder
+from vfm.data.patterns import Functions, Lookup, Repeated
 from vfm.data.records import CorruptRecord
 from vfm.data.shapes import Shapes
 from vfm.data.speech import Spectrograms, Speech
@@ -21,12 +23,18 @@ from vfm.data.tfds import Tfds
 from vfm.errors import UserError
 
 SOURCES = {
+    "addition": Addition,
     "audio_folder": AudioFolder,
     "digits": Digits,
     "dtmf": Dtmf,
+    "functions": Functions,
     "image_folder": ImageFolder,
     "jsonl": Jsonl,
+    "lookup": Lookup,
+    "modular": Modular,
     "npz": Npz,
+    "relations": Relations,
+    "repeated": Repeated,
     "shapes": Shapes,
     "spectrograms": Spectrograms,
     "speech": Speech,
