@@ -39,6 +39,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*/(up|gate)/kernel", ("embed", "mlp")),
     (r".*/(up|gate)/bias", ("mlp",)),
     (r".*/down/kernel", ("mlp", "embed")),
+    (r".*/mixer/kernel", ("space", "mlp")),
     (r".*/(down|out)/bias", ("norm",)),
     (r".*norm[^/]*/(scale|bias)", ("norm",)),
     (r".*/embedding/embedding", ("vocab", "embed")),

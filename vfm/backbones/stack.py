@@ -10,6 +10,7 @@ import numpy as np
 
 from vfm.errors import UserError, unknown
 from vfm.layers.attention import make_mask
+from vfm.layers.causal_convolution import taps
 from vfm.layers.positions import alibi_slopes, relative_buckets, rotary, sinusoidal
 from vfm.layers.transformer import BlockFields, Transformer
 
@@ -114,7 +115,11 @@ class StackFields(BlockFields):
             )
 
         call: dict[str, Any] = {"mask": mask(None), "cache": layer_cache}
-        if self.window is not None and all(self.local_layers):
+        if self.mixer == "convolution":
+            self._check_convolution(prefix)
+            if causal:
+                call["taps"] = taps(call.pop("mask"), q_index, self.kernel_size)
+        elif self.window is not None and all(self.local_layers):
             call["mask"] = mask(self.window)
         elif self.window is not None:
             call |= {"local_mask": mask(self.window), "local": jnp.asarray(self._local())}
@@ -177,6 +182,18 @@ class StackFields(BlockFields):
             out["cache"] |= {"index": start + T, "valid": valid, **({"cross_valid": seen} if self.cross else {})}
         return x, {**out, "input": first}
 
+    def _check_convolution(self, prefix) -> None:
+        """Refuses what only attention can do."""
+        field = next((name for name in ("window", "num_kv_heads") if getattr(self, name) is not None), None)
+        if field or self.positions in ("rope", "alibi", "relative"):
+            found = f"{field}={getattr(self, field)}" if field else f"positions={self.positions!r}"
+            raise UserError(
+                f"model.backbone: {found} is for attention; mixer='convolution' has kernel_size, and positions 'none', "
+                "'learned' or 'sinusoidal'"
+            )
+        if prefix is not None:
+            raise UserError("model.backbone: mixer='convolution' sees no later token; a prefix needs attention")
+
     def _local(self) -> np.ndarray:
         """bool[L]: which layers have local attention."""
         return np.resize(np.asarray(self.local_layers, bool), self.depth)
@@ -194,7 +211,8 @@ class StackFields(BlockFields):
 
     def init_cache(self, batch_size: int, length: int, context_length: int | None = None) -> dict[str, jax.Array]:
         """An empty cache for `length` tokens: key, value float[L, B, M, S, K], index int32[], valid bool[B, S]; with
-        `context_length` also cross_key, cross_value, cross_valid for the context of a decoder."""
+        `context_length` also cross_key, cross_value, cross_valid for the context of a decoder. Of convolutions "key" is
+        what they read, float[L, B, 1, S, D], and there is no value."""
 
         def pair(name, length):
             shape = (self.depth, batch_size, self.num_kv_heads or self.num_heads, length, self.key_dim)
@@ -202,4 +220,8 @@ class StackFields(BlockFields):
             return {f"{name}key": zeros, f"{name}value": zeros, f"{name}valid": jnp.zeros((batch_size, length), bool)}
 
         cross = {} if context_length is None else pair("cross_", context_length)
-        return {**pair("", length), "index": jnp.zeros((), jnp.int32), **cross}
+        own = pair("", length)
+        if self.mixer == "convolution":
+            del own["value"]
+            own["key"] = jnp.zeros((self.depth, batch_size, 1, length, self.width), jnp.dtype(self.dtype))
+        return {**own, "index": jnp.zeros((), jnp.int32), **cross}

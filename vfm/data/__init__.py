@@ -12,8 +12,10 @@ from vfm.data.pairs import Pairs
 from vfm.data.pipeline import Pipeline, eval_batches
 from vfm.data.questions import Questions
 from vfm.data.sources import fields, texts
+from vfm.data.subset import Subset
 from vfm.data.text import Text
 from vfm.data.visual import VisualSentences
+from vfm.data.waveform import Waveform
 from vfm.errors import unknown
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "Pipeline",
     "Questions",
     "Records",
+    "Subset",
     "Text",
     "VisualSentences",
+    "Waveform",
     "blank",
     "build",
     "eval_batches",
@@ -47,8 +51,10 @@ DATASETS = {
     "parity": Parity,
     "questions": Questions,
     "records": Records,
+    "subset": Subset,
     "text": Text,
     "visual_sentences": VisualSentences,
+    "waveform": Waveform,
 }
 
 

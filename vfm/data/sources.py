@@ -15,6 +15,7 @@ from vfm.data.audio import AudioFolder, Dtmf
 from vfm.data.construct import construct
 from vfm.data.documents import Jsonl, Stdlib
 from vfm.data.image import Digits, ImageFolder
+from vfm.data.logs import Logs
 from vfm.data.patterns import Functions, Lookup, Repeated
 from vfm.data.records import CorruptRecord
 from vfm.data.shapes import Shapes
@@ -30,6 +31,7 @@ SOURCES = {
     "functions": Functions,
     "image_folder": ImageFolder,
     "jsonl": Jsonl,
+    "logs": Logs,
     "lookup": Lookup,
     "modular": Modular,
     "npz": Npz,

@@ -127,7 +127,7 @@ def _logits(q, k, mask, bias, softcap) -> jax.Array:
     return logits if mask is None else jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
 
 
-def _write(cache: jax.Array, x: jax.Array, layer: jax.Array, start: jax.Array | int) -> jax.Array:
+def write(cache: jax.Array, x: jax.Array, layer: jax.Array, start: jax.Array | int) -> jax.Array:
     """The cache float[L, B, M, S, K] with x float[B, T, M, K] at the positions from `start` on, in place under jit.
 
     All layers are one array, and heads stand before positions, so that a step of generation copies and turns nothing.
@@ -229,7 +229,7 @@ class Attention(nn.Module):
                 k = rotate(k, table, self.rope_interleaved)
             if cache is not None:
                 start = 0 if self.cross else cache["index"]
-                cache = {**cache, **{name: _write(cache[name], new, layer, start) for name, new in zip(names, (k, v))}}
+                cache = {**cache, **{name: write(cache[name], new, layer, start) for name, new in zip(names, (k, v))}}
         if cache is not None:
             k, v = (cache[name][layer].swapaxes(1, 2) for name in names)
         k, v = k.astype(q.dtype), v.astype(q.dtype)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from vfm import tree
-from vfm.errors import unknown
+from vfm.errors import UserError, unknown
 from vfm.layers.attention import Attention
+from vfm.layers.causal_convolution import CausalConvolution
 from vfm.layers.dense import dot_general
 from vfm.layers.mlp import MLP
 from vfm.layers.moe import MoE
@@ -24,7 +25,8 @@ REMAT = {
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 NORM_POSITIONS = ("pre", "post", "branch", "sandwich")
-ARRANGEMENTS = ("sequential", "parallel", "parallel_one_norm")
+ARRANGEMENTS = ("sequential", "parallel", "parallel_one_norm", "attention_only")
+MIXERS = ("attention", "convolution")
 
 
 class BlockFields(nn.Module):
@@ -37,11 +39,13 @@ class BlockFields(nn.Module):
         (Vaswani et al. 2017; BERT, BART, GPT-1); "branch": x + norm(f(x)) (OLMo 2); "sandwich": x + norm(f(norm(x)))
         (Gemma 2). A stack ends with a norm, unless "post".
       arrangement: "sequential": attention, then MLP. "parallel": x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX),
-        "parallel_one_norm": both read the same norm (GPT-J, PaLM)
+        "parallel_one_norm": both read the same norm (GPT-J, PaLM). "attention_only": without the MLP (Elhage et al. 2021)
       activation, gated: see `MLP`
       use_bias: of all layers; qkv_bias, out_bias (attention), mlp_bias, norm_bias: None: as `use_bias`;
         key_bias: None: as qkv_bias (Whisper has none on the keys)
       qk_norm, attention_scale, attention_softcap, rope_interleaved: see `Attention`
+      mixer: what mixes the tokens: "attention", or "convolution" over the last kernel_size tokens of a causal stack
+        (see `CausalConvolution`)
       num_experts: a mixture of experts (see `MoE`) in place of the MLP; experts_per_token, normalise_weights of it
       dropout: of every branch. depth: of the stack, for initialisation. remat: a policy of `REMAT`
       cross, causal: set by the backbones: cross-attention over a context; the mask is causal (see `Attention`)
@@ -72,6 +76,8 @@ class BlockFields(nn.Module):
     attention_scale: float | None = None
     attention_softcap: float | None = None
     rope_interleaved: bool = False
+    mixer: str = "attention"
+    kernel_size: int = 8
     num_experts: int | None = None
     experts_per_token: int = 2
     normalise_weights: bool = True
@@ -110,7 +116,8 @@ class Block(BlockFields):
     returns ((x, cache), out), as `nn.scan` wants. `layer` holds what differs from layer to layer: number (int32[], its
     place in the cache), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits),
     added (float[B, T, D], to what the block gives), condition (its own, if `modulated`). `shared` holds the rest: mask,
-    bias, table and context, context_mask; local_mask and local_table for local layers; condition, if `modulated`.
+    bias, table and context, context_mask; local_mask and local_table for local layers; taps of a convolution;
+    condition, if `modulated`.
     """
 
     @nn.compact
@@ -119,6 +126,8 @@ class Block(BlockFields):
             raise unknown("norm_position", self.norm_position, NORM_POSITIONS, "model.backbone")
         if self.arrangement not in ARRANGEMENTS:
             raise unknown("arrangement", self.arrangement, ARRANGEMENTS, "model.backbone")
+        if self.mixer not in MIXERS:
+            raise unknown("mixer", self.mixer, MIXERS, "model.backbone")
         before = self.norm_position in ("pre", "sandwich")
         after = self.norm_position in ("branch", "sandwich")
         (x, cache), out = carry, {}
@@ -190,16 +199,23 @@ class Block(BlockFields):
             )
 
         h = enter("attention", x)
-        y, cache = attention("attention")(
-            h,
-            mask=mask,
-            bias=shared.get("bias"),
-            table=table,
-            layer_scale=layer.get("scale"),
-            cache=cache,
-            layer=layer.get("number"),
-        )
-        if self.arrangement != "sequential":
+        if self.mixer == "convolution":
+            if "taps" not in shared:
+                raise UserError("mixer='convolution' reads earlier tokens alone: it is for decoder-only backbones")
+            y, cache = CausalConvolution(
+                self.kernel_size, self.activation, self.use_bias, self.depth, self.dtype, name="mixer"
+            )(h, taps=shared["taps"], cache=cache, layer=layer.get("number"))
+        else:
+            y, cache = attention("attention")(
+                h,
+                mask=mask,
+                bias=shared.get("bias"),
+                table=table,
+                layer_scale=layer.get("scale"),
+                cache=cache,
+                layer=layer.get("number"),
+            )
+        if self.arrangement in ("parallel", "parallel_one_norm"):
             h = h if self.arrangement == "parallel_one_norm" else enter("mlp", x)
             x = leave("mlp", x + branch("attention", y) + branch("mlp", mlp(h)))
         else:
@@ -216,7 +232,8 @@ class Block(BlockFields):
                 if "context_mask" in shared:  # without any key attention gives the mean of the masked values
                     y = jnp.where(shared["context_mask"].any(axis=-1)[:, 0, :, None], y, x)
                 x = y
-            x = leave("mlp", x + branch("mlp", mlp(enter("mlp", x))))
+            if self.arrangement != "attention_only":
+                x = leave("mlp", x + branch("mlp", mlp(enter("mlp", x))))
         x = x + layer["added"] if "added" in layer else x
         out["x"] = x
         return (x, cache), out
@@ -244,6 +261,7 @@ class Transformer(BlockFields):
         table=None,
         local_mask=None,
         local_table=None,
+        taps=None,
         context=None,
         context_mask=None,
         condition=None,
@@ -277,6 +295,7 @@ class Transformer(BlockFields):
             "table": table,
             "local_mask": local_mask,
             "local_table": local_table,
+            "taps": taps,
             "context": context,
             "context_mask": context_mask,
             "condition": condition,
