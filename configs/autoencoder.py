@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.check_variant(arg, "autoencoder", ("smoke", "spectrogram", "tfds", "digits"))
     c = common.base()
     c.title = "Autoencoders with the same latents: scikit-learn's handwritten digits"
-    c.study = {"module": "experiments.autoencoder", "seeds": 3, "variation_seeds": 1, "schemes": ()}
+    c.study = {**common.STUDY, "module": "experiments.autoencoder", "seeds": 3, "variation_seeds": 1, "schemes": ()}
     c.tokenizer = {"name": "byte", "special": SPECIAL}  # there is no text
     c.model = model(image_size=(8, 8), widths=(8, 16, 32))
     c.objective = {"name": "reconstruction", "likelihood": "mse"}

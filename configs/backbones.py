@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.check_variant(arg, "backbones", ("smoke", "labelled", *list(MODELS)[1:]))
     c = common.base()
     c.title = "Backbones: encoder-only, decoder-only, encoder–decoder"
-    c.study = {"module": "experiments.backbones", "models": tuple(MODELS), "seeds": 3}
+    c.study = {**common.STUDY, "module": "experiments.backbones", "models": tuple(MODELS), "seeds": 3}
     c.tokenizer = {"name": "bpe", "vocab_size": VOCABULARY, "pattern": "gpt2", "path": "", "special": SPECIAL}
     c.model = {
         "centre": "text",

@@ -6,6 +6,8 @@ from vfm.errors import unknown
 
 # Fields of every `data` section: worker processes (0: a thread), corrupt records (False: stop), folder of the data.
 DATA = {"workers": 0, "skip_corrupt": False, "dir": ""}
+# Fields of every `study` section: how many runs that differ only in seed and learning rate share a program.
+STUDY = {"together": 1}
 
 
 def check_variant(arg: str, config: str, variants: tuple[str, ...]) -> None:

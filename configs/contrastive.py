@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.check_variant(arg, "contrastive", ("smoke", "tfds"))
     c = common.base()
     c.title = "Contrastive alignment of images, sounds and texts of numbers"
-    c.study = {"module": "experiments.contrastive", "seeds": 3, "variation_seeds": 1, "schemes": ()}
+    c.study = {**common.STUDY, "module": "experiments.contrastive", "seeds": 3, "variation_seeds": 1, "schemes": ()}
     c.tokenizer = {"name": "byte", "special": SPECIAL}
     c.model = model(image_size=(8, 8), stages=(2, 2), widths=(24, WIDTH), num_samples=1024, n_fft=512, frames=2)
     c.objective = {"name": "contrastive", "pairs": PAIRS, "loss": "infonce", "momentum": 0.0, "queue": 0}

@@ -6,12 +6,14 @@ The config names its study in `config.study.module`, a module with three pure fu
     summarize(records) -> [{column: value}, …]  the table; a value is text, a number, or a `records.Spread`
     figure(table) -> matplotlib figure
 
-and, if it likes, two more:
+and, if it likes, three more:
 
     expectations(table) -> [{column: value}, …]            what was expected beforehand, and whether it held
     pictures(records, folder) -> {name: (caption, figure)} what the runs in folder/runs drew, for the report alone
+    files(records) -> {name: bytes}                        what others read, such as a fitted law
 
-and whose docstring says what is measured. An override replaces a field, or a whole section.
+and whose docstring says what is measured. An override replaces a field, or a whole section. The records that these
+functions get are those of all runs of the grid, and perhaps of others that were made in the folder before.
 """
 
 import contextlib
@@ -43,6 +45,8 @@ started several times in one DIR, on one machine or many: the processes share th
   --config=FILE[:ARG]     config file with a section `study`, and the variant that its get_config takes
   --config.a.b=value      sets a field of the config, for all runs
   --config.study.x=value  sets what the study varies
+  --config.study.together=K  trains up to K runs that differ only in seed and learning rate in one program, which is
+                          faster on an accelerator and slower on a CPU (default 1)
   --config.mode=train     (default) makes the runs; plan: lists them, with parameters and FLOPs, and trains nothing;
                           report: only makes table and figure again, from DIR/records.jsonl alone
   --workdir=DIR           gets records.jsonl (one line per finished run), table.md, report.html, figures/, runs/
@@ -128,7 +132,7 @@ def _train(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     import jax
 
     from vfm import distributed
-    from vfm.run import join, run
+    from vfm.run import join
 
     base, grid = _grid(config, module)
     join(base)
@@ -138,10 +142,12 @@ def _train(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     if not jax.config.jax_compilation_cache_dir:  # runs that differ in their seed have the same programs
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     progress = _Progress(folder / "records.jsonl", grid)
+    together = _together(config.study)
     for wait in (False, True):  # first what nobody works at, then what others have left
-        for number, (name, (overrides, resolved)) in enumerate(grid.items(), start=1):
+        for number, (name, (overrides, _)) in enumerate(grid.items(), start=1):
             line = f"run {number} of {len(grid)}, {name} ({_shown(overrides)})"
-            with _claim(folder / "runs" / name / "lock", wait) as ours:
+            with contextlib.ExitStack() as claims:
+                ours = claims.enter_context(_claim(folder / "runs" / name / "lock", wait))
                 if distributed.gather(name in progress.finished())[0]:
                     if not wait:
                         _say(f"{line} is finished")
@@ -150,18 +156,66 @@ def _train(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
                     _say(f"{line} is another process's")
                     continue
                 _say(f"{line}{progress.left()}")
-                try:
-                    results = run(resolved, str(folder / "runs" / name))
-                    if not results:
-                        _say("the study is not finished")
-                        return records.read(progress.path)
-                    if distributed.is_main():
-                        found = _record(name, overrides, resolved, results, folder / "runs" / name)
-                        records.append(progress.path, found)
-                except UserError as error:
-                    raise UserError(f"run {name} ({_shown(overrides)}): {error}") from error
+                group = [name]
+                if together > 1:
+                    group += _companions(name, progress, folder, claims, together - 1)
+                if not _make(group, grid, progress.path, folder):
+                    _say("the study is not finished")
+                    return records.read(progress.path)
             jax.clear_caches()  # the next run has other programs
     return _report(config, workdir, module) if distributed.is_main() else []
+
+
+def _make(names: list[str], grid: Mapping[str, Any], path: Path, folder: Path) -> bool:
+    """Makes runs, trained together if there are several, and appends their records; False if it was stopped."""
+    from vfm import distributed
+    from vfm.run import run
+    from vfm.train import together
+
+    if len(names) > 1:
+        folders = [str(folder / "runs" / name) for name in names]
+        try:
+            if not together.train([grid[name][1] for name in names], folders):
+                return False
+        except UserError as error:
+            raise UserError(f"runs {', '.join(names)}: {error}") from error
+    for name in names:
+        overrides, resolved = grid[name]
+        try:
+            results = run(resolved, str(folder / "runs" / name))
+            if not results:
+                return False
+            if distributed.is_main():
+                records.append(path, _record(name, overrides, resolved, results, folder / "runs" / name))
+        except UserError as error:
+            raise UserError(f"run {name} ({_shown(overrides)}): {error}") from error
+    return True
+
+
+def _together(settings: ConfigDict) -> int:
+    import jax
+
+    count = settings.get("together", 1)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UserError(f"config.study.together={count!r} must be a whole number >= 1")
+    if count > 1 and jax.process_count() > 1:
+        raise UserError(f"config.study.together={count} is for studies of one process, not of {jax.process_count()}")
+    return count
+
+
+def _companions(name: str, progress: "_Progress", folder: Path, claims: contextlib.ExitStack, most: int) -> list[str]:
+    """Up to `most` runs that can be trained with one, are not finished, and no other process's; claims them."""
+    from vfm.train.together import likeness
+
+    found, wanted = [], likeness(progress.grid[name][1])
+    for other, (_, resolved) in progress.grid.items():
+        if len(found) < most and other != name and likeness(resolved) == wanted:
+            with contextlib.ExitStack() as claim:
+                ours = claim.enter_context(_claim(folder / "runs" / other / "lock", wait=False))
+                if ours and other not in progress.finished():
+                    claims.push(claim.pop_all())
+                    found.append(other)
+    return found
 
 
 @contextlib.contextmanager
@@ -250,6 +304,7 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     found = records.read(folder / "records.jsonl")
     if not found:
         raise UserError(f"{folder / 'records.jsonl'} has no record of a run; --config.mode=train makes the runs")
+    _check_complete(found, module.runs(config.study), folder / "records.jsonl")
     table = module.summarize(found)
     text = inspect.getdoc(module) or ""
     expected = module.expectations(table) if hasattr(module, "expectations") else []
@@ -261,6 +316,8 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     if expected:
         page.table(list(expected[0]), [list(row.values()) for row in expected], "Expected beforehand, and found")
     page.figure("study", module.figure(table))
+    for name, content in getattr(module, "files", lambda *_: {})(found).items():
+        write_atomic(folder / name, content)
     for name, (caption, drawing) in getattr(module, "pictures", lambda *_: {})(found, folder).items():
         page.figure(name, drawing, caption)
     metrics = sorted({name for run in found for name in run["metrics"]})
@@ -284,6 +341,18 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     print("\n".join(tables), end="")
     print(f"wrote {folder / 'table.md'} and {path}")
     return found
+
+
+def _check_complete(found: list[dict], wanted: list[dict], path: Path) -> None:
+    """Refuses a grid with a missing cell: a mean over fewer seeds, or a law of fewer points, would not show it."""
+    key = lambda overrides: json.dumps(plain(overrides), sort_keys=True)
+    known = {key(run["overrides"]) for run in found}
+    missing = [overrides for overrides in wanted if key(overrides) not in known]
+    if missing:
+        raise UserError(
+            f"{path} lacks {len(missing)} of {len(wanted)} runs of the grid, the first: {_shown(missing[0])}; "
+            "--config.mode=train makes them, or ask for less by --config.study"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The runner of studies: what is made, what is skipped, what goes on, and what is rebuilt from the records."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 import vfm.run
 from experiments import main, records
 from experiments.study import USAGE, resolve, run_name, study
-from tests import tiny
+from tests import tiny, tiny_study
 from vfm import tree
 from vfm.errors import UserError
+from vfm.plan import step_flops
 from vfm.train import preemption
 
 
@@ -84,8 +86,8 @@ def test_table_and_figure_come_from_the_records_alone(tmp_path, runs, capsys):
     wanted, line = (tmp_path / "a" / "table.md").read_text(), capsys.readouterr().out.splitlines()[0]
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "records.jsonl", tmp_path / "b")
-    # Neither the other fields of the config nor what the grid would be today matter.
-    study(config((7.0,), mode="report", **{"train.steps": 21}), str(tmp_path / "b"))
+    # The other fields of the config do not matter.
+    study(config(mode="report", **{"train.steps": 21}), str(tmp_path / "b"))
     assert (tmp_path / "b" / "table.md").read_text() == wanted and line in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "b").iterdir()} == {"records.jsonl", "table.md", "report.html", "figures"}
     with pytest.raises(UserError, match="has no record of a run; --config.mode=train makes the runs"):
@@ -151,7 +153,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch, caps
     assert {**found["metrics"], "train_seconds": found["seconds"]} == results
     experiment = vfm.run.Experiment(resolve(c, {}))
     assert found["parameters"] == tree.count(experiment.abstract_state.params)
-    assert found["flops"] == 8 * vfm.run.step_flops(experiment) and found["tokens"] == 8 * 16 * 16
+    assert found["flops"] == 8 * step_flops(experiment) and found["tokens"] == 8 * 16 * 16
 
 
 def test_two_processes_share_a_grid_and_no_run_is_made_twice(tmp_path, monkeypatch, runs, capsys):
@@ -172,6 +174,69 @@ def test_two_processes_share_a_grid_and_no_run_is_made_twice(tmp_path, monkeypat
     assert sorted((rate, seed) for rate, seed, _ in runs) == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
     assert (runs[-1][0], runs[-1][1]) == (0.1, 0) and not second[0].is_alive()
     assert "is another process's" in capsys.readouterr().err and (tmp_path / "table.md").exists()
+
+
+def test_runs_that_differ_in_seed_and_learning_rate_are_trained_together(tmp_path, monkeypatch, runs, capsys):
+    groups = []
+    monkeypatch.setattr("vfm.train.together.train", lambda configs, folders: not groups.append(folders))
+    c = config()
+    with c.unlocked():
+        c.study.together = 3
+    found = study(c, str(tmp_path))
+    assert [len(group) for group in groups] == [3] and len(found) == 4  # the last one is alone
+    assert groups[0] == [workdir for *_, workdir in runs[:3]] and len(set(groups[0])) == 3
+    assert [(run["overrides"]["optimizer.learning_rate"], run["seed"]) for run in found] == [
+        (0.1, 0), (0.2, 0), (0.1, 1), (0.2, 1)
+    ]  # fmt: skip
+    with records.claim(tmp_path / "runs" / found[0]["run"] / "lock", wait=False) as ours:
+        assert ours
+    c.study.together = 0
+    with pytest.raises(UserError, match="config.study.together=0 must be a whole number >= 1"):
+        study(c, str(tmp_path))
+
+
+def test_a_companion_that_another_process_has_is_left_to_it(tmp_path, monkeypatch, runs):
+    groups, names = [], [run_name(resolved) for resolved in resolved_grid(config())]
+    monkeypatch.setattr("vfm.train.together.train", lambda configs, folders: not groups.append(folders))
+    c = config()
+    with c.unlocked():
+        c.study.together = 4
+    lock = tmp_path / "runs" / names[1] / "lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        other = threading.Timer(2.0, file.close)
+        other.start()
+        study(c, str(tmp_path))
+        other.join()
+    assert [sorted(folder.rpartition("/")[2] for folder in group) for group in groups] == [
+        sorted(name for name in names if name != names[1])
+    ]
+    assert len(runs) == 4  # the one that was left over was made once its lock was free
+
+
+def resolved_grid(c):
+    plain = resolve(c, {})
+    with plain.unlocked():
+        del plain.study
+    plain.mode = "train"
+    return [resolve(plain, {"optimizer.learning_rate": rate, "seed": seed}) for seed in (0, 1) for rate in (0.1, 0.2)]
+
+
+def test_a_grid_with_a_missing_cell_is_refused(tmp_path, runs):
+    study(config(), str(tmp_path))
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    message = "lacks 1 of 4 runs of the grid, the first: optimizer.learning_rate=0.2, seed=1"
+    with pytest.raises(UserError, match=message):
+        study(config(mode="report"), str(tmp_path))
+    assert study(config((0.1,), mode="report"), str(tmp_path))  # what is asked for is there
+
+
+def test_a_study_may_write_files_for_others(tmp_path, monkeypatch, runs):
+    monkeypatch.setattr(tiny_study, "files", lambda records: {"law.json": b"%d" % len(records)}, raising=False)
+    study(config(), str(tmp_path))
+    assert (tmp_path / "law.json").read_bytes() == b"4"
 
 
 def test_the_lock_of_a_run_lasts_as_long_as_its_process(tmp_path):

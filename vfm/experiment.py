@@ -165,12 +165,16 @@ class Experiment:
         """The jitted training step (state, batch) -> (state, metrics); it donates the state."""
         return self.jit(self.make_step(self.loss_fn), donate_argnums=0, out_shardings=(self.shardings, None))
 
-    def make_step(self, loss_fn):
-        """The training step of the config with any loss function."""
+    def make_step(self, loss_fn, schedule=None):
+        """The training step of the config with any loss function, and any learning rate by step."""
+        tx = self.tx
+        if schedule is not None:
+            config = self.config
+            tx, _ = build_optimizer(config.optimizer, self.abstract_state.params, config.train.steps, schedule)
         return step.make_train_step(
             loss_fn,
-            self.tx,
-            self.schedule,
+            tx,
+            schedule or self.schedule,
             accumulate=self.config.train.accumulate,
             ema_decay=self.config.train.ema,
             trained=trained(self.config.optimizer, self.abstract_state.params),
@@ -195,6 +199,10 @@ class Experiment:
         if not overrides:
             self._datasets[split] = found
         return found
+
+    def share_datasets(self, other: "Experiment") -> None:
+        """Takes the datasets of a run whose config has the same sections tokenizer and data; they are read once."""
+        self._datasets = other._datasets
 
     def check_data(self, *splits: str) -> None:
         """Opens the datasets of the splits and reads one example of each: bad data is told before compilation."""
@@ -283,8 +291,8 @@ class Experiment:
     def evaluate_loss(self, params, variables, split: str, limit: int) -> dict[str, float]:
         """The objective's loss, its terms and metrics over a split (`limit` examples; 0: all)."""
         total, weights = {}, {}
-        for _, batch in self.eval_batches(self.dataset(split), limit):
-            measured, weight = self.eval_step(params, variables, batch)
+        for number, (_, batch) in enumerate(self.eval_batches(self.dataset(split), limit)):
+            measured, weight = self.eval_step(params, variables, batch, number)
             total = metrics.add(total, metrics.fetch(measured))
             weights = {name: float(value) for name, value in weight.items()}
         if not total:

@@ -3,21 +3,18 @@
 import contextlib
 import inspect
 import sys
-import time
 from collections.abc import Sequence
 
 import jax
 
 from vfm import distributed, infer, report, tree
-from vfm.errors import UserError, unknown
+from vfm.errors import unknown
 from vfm.experiment import Experiment, evaluation_params
-from vfm.plan import abstract_batch, plan, step_flops
+from vfm.plan import plan
 from vfm.train import loop, stages
-from vfm.train.checkpoint import Checkpointer
-from vfm.train.logging import Logger, peak_flops
 from vfm.train.preemption import Preemption
-from vfm.train.step import make_eval_step
-from vfm.workdir import prepare, record
+from vfm.train.training import Training, open_checkpoints
+from vfm.workdir import prepare
 
 # What a flag of `config.distributed` says by default: a flag has one type, so it cannot be None.
 NOT_GIVEN = {"coordinator": "", "num_processes": 0, "process_id": -1}
@@ -46,128 +43,39 @@ def join(config) -> None:
         distributed.initialize(**{field: value for field, value in processes.items() if value != NOT_GIVEN.get(field)})
 
 
-def _checkpointer(experiment, path, read_only: bool = False) -> Checkpointer:
-    cfg = experiment.config.checkpoint
-    return Checkpointer(
-        path / "checkpoints",
-        keep=cfg.keep,
-        keep_best=cfg.keep_best,
-        best_metric=cfg.best_metric or None,
-        best_mode=cfg.best_mode,
-        read_only=read_only,
-    )
-
-
 def train(experiment: Experiment, path) -> dict[str, float]:
     """Trains from the last good checkpoint (or from the start), then evaluates on the test split."""
-    config, steps = experiment.config, experiment.config.train.steps
-    size = config.train.batch_size
-    experiment.check_data("train", config.eval.split, config.eval.test_split)
-    _check_best_metric(experiment)
-    with Preemption() as preemption, _checkpointer(experiment, path) as checkpointer:
-        restored = checkpointer.restore(experiment.abstract_state)
-        state, position, start = restored or (experiment.init_state(), {}, 0)
-        if start > steps:
-            raise UserError(f"the checkpoint is at step {start}, beyond config.train.steps={steps}")
-        if restored:
-            origin = stages.resume(experiment, state, stages.read(path))
-        else:
-            state, origin = stages.begin(experiment, state)
-        if distributed.is_main():
-            record(path, config)
-            stages.write(path, origin)
-        logger = Logger(
-            path,
-            start_step=start,
-            total_steps=steps,
-            examples_per_step=size,
-            tokens_per_step=size * config.data.length,
-            tensorboard=config.log.tensorboard,
-            is_main=distributed.is_main(),
-            **_utilisation(experiment),
+    config = experiment.config
+    with (
+        Preemption() as preemption,
+        Training(experiment, path) as training,
+        contextlib.closing(experiment.train_batches(training.start)) as batches,
+    ):
+        state, done = loop.train(
+            training.state,
+            experiment.train_step,
+            batches,
+            start=training.start,
+            steps=config.train.steps,
+            evaluate=training.evaluate,
+            eval_every=config.eval.every,
+            save=training.save,
+            save_every=config.checkpoint.every,
+            logger=training.logger,
+            log_every=config.log.every,
+            stop_requested=preemption.requested,
+            each_step=training.checkpointer.poll,
+            memory=training.memory,
         )
-        mesh = {name: parts for name, parts in experiment.mesh.shape.items() if parts > 1}
-        logger.message(
-            f"{tree.count(state.params):,} parameters on {experiment.mesh.size} device(s), mesh {mesh or 1}; "
-            + (f"resuming at step {start} of {steps}" if start else f"training {steps} steps")
-            + "; compiling the first"
-        )
-        for line in stages.tell(origin):
-            logger.message(line)
-
-        def evaluate(state, step):
-            params = evaluation_params(state)
-            found = experiment.evaluate_loss(params, state.variables, config.eval.split, config.eval.limit)
-            # The last evaluation is on the test split, unless the best checkpoint is chosen by an evaluator's metric.
-            if step < steps or config.checkpoint.best_metric not in found:
-                for _, evaluator in experiment.evaluators():
-                    found |= evaluator(
-                        experiment, params, state.variables, config.eval.split, config.eval.limit
-                    ).metrics
-            return found
-
-        began = time.time() - position.get("seconds", 0.0)  # as if the earlier starts had ended just now
-
-        def save(step, state, memory, metrics, wait):
-            position = {
-                "next_step": step,
-                "seed": config.seed,
-                "batch_size": size,
-                "seconds": time.time() - began,
-                "log": memory,
-            }
-            checkpointer.save(step, state, position, metrics, wait=wait)
-
-        with contextlib.closing(logger), contextlib.closing(experiment.train_batches(start)) as batches:
-            state, done = loop.train(
-                state,
-                experiment.train_step,
-                batches,
-                start=start,
-                steps=steps,
-                evaluate=evaluate,
-                eval_every=config.eval.every,
-                save=save,
-                save_every=config.checkpoint.every,
-                logger=logger,
-                log_every=config.log.every,
-                stop_requested=preemption.requested,
-                each_step=checkpointer.poll,
-                memory=position.get("log"),
-            )
-    if done < steps:
+    if done < config.train.steps:
         print(
-            f"stopped at step {done} of {steps}; the checkpoint is saved, and the same command resumes", file=sys.stderr
+            f"stopped at step {done} of {config.train.steps}; the checkpoint is saved, and the same command resumes",
+            file=sys.stderr,
         )
         return {}
-    stages.verify(origin, state.params, evaluation_params(state))
-    return _finish(
-        experiment,
-        path,
-        {"params": evaluation_params(state), "variables": state.variables},
-        done,
-        {"train_seconds": time.time() - began},
-    )
-
-
-def _check_best_metric(experiment) -> None:
-    """Refuses a `checkpoint.best_metric` that validation cannot give. What evaluators give is not known yet."""
-    name = experiment.config.checkpoint.best_metric
-    if name and name != "loss" and not experiment.config.eval.evaluators:
-        state = experiment.abstract_state
-        measured, _ = jax.eval_shape(
-            make_eval_step(experiment.loss_fn), state.params, state.variables, abstract_batch(experiment)
-        )
-        if name not in measured:
-            raise unknown("metric", name, ["loss", *measured], "config.checkpoint.best_metric")
-
-
-def _utilisation(experiment) -> dict[str, float]:
-    """FLOPs of a step and peak FLOP/s of all devices, where the device's peak is known (not on CPU)."""
-    peak = peak_flops(jax.devices()[0])
-    if peak is None:
-        return {}
-    return {"flops_per_step": step_flops(experiment), "peak_flops": peak * experiment.mesh.size}
+    stages.verify(training.origin, state.params, evaluation_params(state))
+    weights = {"params": evaluation_params(state), "variables": state.variables}
+    return _finish(experiment, path, weights, done, {"train_seconds": training.seconds()})
 
 
 def load(experiment: Experiment, path) -> tuple[dict, int]:
@@ -178,7 +86,7 @@ def load(experiment: Experiment, path) -> tuple[dict, int]:
     if jax.tree.leaves(abstract.variables):
         wanted["variables"] = abstract.variables
     choice = experiment.config.eval.checkpoint
-    with _checkpointer(experiment, path, read_only=True) as checkpointer:
+    with open_checkpoints(experiment, path, read_only=True) as checkpointer:
         found, step = checkpointer.restore_partial(wanted, int(choice) if choice.isdecimal() else choice)
     return {"params": found[branch], "variables": found.get("variables", {})}, step
 

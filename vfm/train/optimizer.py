@@ -172,7 +172,9 @@ _COMMON = (
 )  # fmt: skip
 
 
-def build_optimizer(cfg, params_shape, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def build_optimizer(
+    cfg, params_shape, steps: int, schedule: optax.Schedule | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The gradient transformation and the learning-rate schedule of config.optimizer.
 
     The step of a parameter p with gradient g is `-lr · multiplier · (direction(clip(g)) + decay · p)`. The
@@ -184,11 +186,12 @@ def build_optimizer(cfg, params_shape, steps: int) -> tuple[optax.GradientTransf
       cfg: config.optimizer, see the head of this file.
       params_shape: the parameters, or their ShapeDtypeStructs.
       steps: train.steps.
+      schedule: in place of that of cfg.
 
     Raises UserError for unknown names and fields, a parameter that no row covers, and a row that covers
     nothing.
     """
-    schedule = build_schedule(cfg, steps)
+    schedule = schedule or build_schedule(cfg, steps)
     fields = _fields(cfg)
     name = fields.get("name", "adamw")
     if name not in OPTIMIZERS:

@@ -111,13 +111,16 @@ def with_frozen_blocks(new: Any, old: Any, trained: Any) -> Any:
 
 
 def make_eval_step(loss_fn: LossFn) -> Callable:
-    """(params, variables, batch) -> {name: (sum, count)} of the loss terms and metrics, without dropout.
+    """(params, variables, batch, number) -> {name: (sum, count)} of the loss terms and metrics, without dropout.
 
+    number: of the batch in its split; what is random in a loss, such as noise, is drawn by it, so that no two batches
+    have the same draws, and every evaluation has the same ones.
     `total_loss` reports the whole loss once the sums are added up.
     """
 
-    def eval_step(params, variables, batch):
-        terms, aux = loss_fn(params, variables, batch, jax.random.key(0), train=False)
+    def eval_step(params, variables, batch, number=0):
+        rng = jax.random.fold_in(jax.random.key(0), number)
+        terms, aux = loss_fn(params, variables, batch, rng, train=False)
         return {**aux.metrics, **{name: (total, count) for name, (_, total, count) in terms.items()}}, {
             name: jnp.float32(weight) for name, (weight, _, _) in terms.items()
         }
