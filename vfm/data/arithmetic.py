@@ -34,9 +34,9 @@ class Addition:
                   2021, arXiv:2112.00114)
 
     lengths: "exact", both numbers have `digits` digits; "up_to": each has any number of digits from 1 on, all equally
-    often as long as there are new ones, and the task of an item is that of the longer number. examples: of the training split; sizes: of the others.
-    Questions are drawn from `seed` without repetition: the test and validation splits are the same for any number of
-    examples, and fewer examples are the first ones of more. Forms share their questions.
+    often as long as there are new ones, and the task of an item is that of the longer number. examples: of the training
+    split; sizes: of the others. Questions are drawn from `seed` without repetition: the test and validation splits are
+    the same for any number of examples, and fewer examples are the first ones of more. Forms share their questions.
     Raises UserError for more questions than there are.
     """
 
