@@ -8,7 +8,7 @@ from vfm.errors import UserError, unknown
 from vfm.evaluate import Evaluation
 from vfm.train.logging import TIME_FIELDS, read_history
 
-LEVELS = ("at_least", "at_most")
+LEVELS = ("at_least", "at_most", "every")
 
 
 def check_course(experiment) -> None:
@@ -27,16 +27,19 @@ def check_course(experiment) -> None:
                 raise unknown("field", field, LEVELS, where)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"{where}.{field}={value!r} must be a number")
+            if field == "every" and (value < 1 or value != int(value)):
+                raise UserError(f"{where}.every={value!r} must be a whole number of steps >= 1")
 
 
 def course(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
     """Of the course of the training, as metrics.jsonl has it:
 
       course_METRIC_first_step   the first step at which the metric was at its level; left out where it never was
+      course_METRIC_at_STEP      its values at the steps that are multiples of a number, for whole curves
 
-    config.eval.course = {METRIC: {"at_least": 0.95}} or {"at_most": …}; a metric of validation, or with "train_" before
-    its name one of training. It is asked at the end, with the test split; during training only for unknown names, as
-    soon as metrics.jsonl has lines of both kinds. Raises UserError for a metric that is none.
+    config.eval.course = {METRIC: {"at_least": 0.95}} or {"at_most": …} or {"every": 100}; a metric of validation, or
+    with "train_" before its name one of training. It is asked at the end, with the test split; during training only for
+    unknown names, as soon as metrics.jsonl has lines of both kinds. Raises UserError for a metric that is none.
     """
     levels = experiment.config.eval.course
     if not distributed.is_main():  # the only process that has the file
@@ -58,14 +61,17 @@ def _name(split: str, metric: str) -> str:
     return f"train_{metric}" if split == "train" else metric
 
 
-def first_steps(history: Sequence[Mapping], levels: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
-    """{course_METRIC_first_step: step} of the lines of a metrics.jsonl; see `course`."""
-    found: dict[str, int] = {}
+def first_steps(history: Sequence[Mapping], levels: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What `course` gives, of the lines of a metrics.jsonl."""
+    found: dict[str, float] = {}
     for line in history:
         for key, value in line.items():
             level = levels.get(_name(line["split"], key)) if key not in _ABOUT else None
             if level is None or value is None:  # null: not finite
                 continue
-            if value >= level.get("at_least", -math.inf) and value <= level.get("at_most", math.inf):
+            if "every" in level:
+                if line["step"] % level["every"] == 0:
+                    found[f"course_{_name(line['split'], key)}_at_{line['step']}"] = value
+            elif value >= level.get("at_least", -math.inf) and value <= level.get("at_most", math.inf):
                 found.setdefault(f"course_{_name(line['split'], key)}_first_step", line["step"])
     return found
