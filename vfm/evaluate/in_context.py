@@ -10,6 +10,7 @@ import numpy as np
 from vfm.data import InContext
 from vfm.errors import UserError
 from vfm.evaluate import Evaluation, options
+from vfm.model import INPUTS
 
 OPTIONS = {"early": (0.25, 0.5), "late": (0.75, 1.0), "parts": 12, "beside": ""}
 
@@ -71,10 +72,12 @@ def in_context(experiment, params, variables, split: str, limit: int | None) -> 
 
 
 def _scores(experiment, params, variables, split, limit, chosen) -> dict[str, float]:
-    dataset, program = experiment.dataset(split), _program(experiment)
+    dataset = experiment.dataset(split)
     measured, heads = [], {}
     for host, batch in experiment.eval_batches(_Asked(dataset), limit):
-        loss, hit, scores = jax.tree.map(experiment.fetch, program({"params": params, **variables}, batch))
+        with experiment.use_mesh():
+            found = _measure(experiment.model, {"params": params, **variables}, batch)
+        loss, hit, scores = jax.tree.map(experiment.fetch, found)
         real, n = host["example_mask"] > 0, dataset.source.length
         measured.append([x[real, :n] for x in (loss, hit, host["shots"], host["loss_mask"] > 0)])
         for name, (total, count) in scores.items():
@@ -118,25 +121,20 @@ def by_position(
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
-@functools.lru_cache(maxsize=1)  # it is asked for many times in one training
-def _program(experiment):
-    """Jitted (variables, batch) -> (loss float[B, T], hit bool[B, T], {score: (sum float[L, N], count)} of heads)."""
-    from vfm.model import INPUTS
-
-    def score(variables, batch):
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        (logits, _), kept = experiment.model.apply(variables, **inputs, train=False, mutable=["intermediates"])
-        log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-        loss = -jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
-        hit = jnp.argmax(logits, axis=-1) == batch["targets"]
-        real = batch["input_mask"] & (batch["example_mask"] > 0)[:, None]
-        heads = {}
-        if (weights := _weights(kept.get("intermediates", {}))) is not None:
-            heads["induction_score"] = prefix_matching(weights, batch["tokens"], real & (batch["shots"] >= 0))
-            heads["previous_token_score"] = previous_token(weights, real)
-        return loss, hit, heads
-
-    return experiment.jit(score)
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all evaluations of a training
+def _measure(model, variables, batch):
+    """(loss float[B, T], hit bool[B, T], {score: (sum float[L, N], count)} of heads) of a model."""
+    inputs = {name: batch[name] for name in INPUTS if name in batch}
+    (logits, _), kept = model.apply(variables, **inputs, train=False, mutable=["intermediates"])
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    loss = -jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
+    hit = jnp.argmax(logits, axis=-1) == batch["targets"]
+    real = batch["input_mask"] & (batch["example_mask"] > 0)[:, None]
+    heads = {}
+    if (weights := _weights(kept.get("intermediates", {}))) is not None:
+        heads["induction_score"] = prefix_matching(weights, batch["tokens"], real & (batch["shots"] >= 0))
+        heads["previous_token_score"] = previous_token(weights, real)
+    return loss, hit, heads
 
 
 def _weights(kept: Mapping) -> jax.Array | None:
