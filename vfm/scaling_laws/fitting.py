@@ -267,8 +267,8 @@ def cells(variables, columns, loss) -> tuple[np.ndarray, np.ndarray, np.ndarray,
 
 
 def interval(draws: np.ndarray, level: float) -> tuple[float, float]:
-    """The equal-tailed interval of draws."""
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    """The equal-tailed interval of draws, by order statistics whose chance is right on average for few draws too."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], method="weibull")
     return float(low), float(high)
 
 
@@ -277,7 +277,7 @@ def physical(found: Fit, theta: np.ndarray) -> dict[str, np.ndarray]:
     values = dict(zip(FORMS[found.form].parameters, np.moveaxis(theta, -1, 0)))
     centre = found.centre
     exponents = {name: value for name, value in values.items() if name in ("alpha", "beta")}
-    with np.errstate(over="ignore", divide="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         names = {"E": np.exp(values["e"])} if "e" in values else {}
         levels = [values[name] for name in ("a", "b") if name in values]
         if found.form in ("exponential", "exponential_floor"):
@@ -288,7 +288,7 @@ def physical(found: Fit, theta: np.ndarray) -> dict[str, np.ndarray]:
         moved = [a + value * c for a, value, c in zip(levels, exponents.values(), centre)]
         if found.form == "chinchilla":
             return {**names, "A": np.exp(moved[0]), "B": np.exp(moved[1]), **exponents}
-        scales = [np.exp(a / value) for a, value in zip(moved, exponents.values())]
+        scales = [np.exp(np.clip(a / value, -690, 690)) for a, value in zip(moved, exponents.values())]
         return {**names, **{f"{v}_c": scale for v, scale in zip(found.variables, scales)}, **exponents}
 
 
@@ -365,13 +365,18 @@ def _profile(found: Fit, u, y, index: int, points: int = 48) -> tuple[float, flo
     residual = y - law.predict(found.theta, u)[0]
     least = (residual**2).sum()
     allowed = least * (1 + stats.t.ppf((1 + found.level) / 2, nu) ** 2 / nu) + 1e-20
-    ends = []
-    for grid in (np.geomspace(best, low[index], points), np.geomspace(best, high[index], points)):
-        theta = np.tile(found.theta, (points, 1))
-        theta[:, index] = grid
-        least_, most = np.tile(low, (points, 1)), np.tile(high, (points, 1))
-        least_[:, index] = most[:, index] = grid
-        _, cost = least_squares(law, u, np.broadcast_to(y, (points, len(y))), theta, least_, most)
-        worse = np.flatnonzero(2 * cost > allowed)
-        ends.append(grid[worse[0]] if len(worse) else grid[-1])
+    generic = starts(law, u, y)
+    grid = np.concatenate([np.geomspace(best, low[index], points), np.geomspace(best, high[index], points)])
+    # From the best fit, and from the best of the grid of starts: a valley may bend, or be one of two.
+    tried = np.broadcast_to(generic, (len(grid), *generic.shape)).copy()
+    tried[..., index] = grid[:, None]
+    misfit = ((y - law.predict(tried, u)[0]) ** 2).sum(-1)
+    theta = np.concatenate([np.tile(found.theta, (len(grid), 1)), tried[np.arange(len(grid)), misfit.argmin(-1)]])
+    fixed = np.tile(grid, 2)
+    theta[:, index] = fixed
+    lowest, highest = np.tile(low, (len(fixed), 1)), np.tile(high, (len(fixed), 1))
+    lowest[:, index] = highest[:, index] = fixed
+    _, cost = least_squares(law, u, np.broadcast_to(y, (len(fixed), len(y))), theta, lowest, highest, steps=200)
+    worse = 2 * cost.reshape(2, 2, points).min(0) > allowed
+    ends = [part[over.argmax() if over.any() else -1] for part, over in zip(grid.reshape(2, points), worse)]
     return float(ends[0]), float(ends[1])

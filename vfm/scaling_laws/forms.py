@@ -151,9 +151,12 @@ def least_squares(form: Form, u, y, theta, low, high, *, steps: int = 60, huber:
     weights min(1, δ / |residual|) that are set anew before each step. -> (θ float[B, P], the sum of ½ r², or of the
     Huber losses, float[B]).
     """
-    theta = np.clip(theta, low, high)
-    damping = np.full(len(theta), 1e-2)
-    eye = np.eye(theta.shape[1])
+    final = np.clip(theta, low, high)
+    final_cost = np.empty(len(final))
+    active = np.arange(len(final))  # problems that still move; a few slow ones must not hold up the others
+    theta, y = final.copy(), np.ascontiguousarray(y)
+    damping = np.full(len(theta), 1e-4)
+    diagonal = np.arange(theta.shape[1])
 
     def cost(residual):
         if huber is None:
@@ -165,28 +168,36 @@ def least_squares(form: Form, u, y, theta, low, high, *, steps: int = 60, huber:
     residual = y - predicted
     best = cost(residual)
     for _ in range(steps):
-        w = np.ones_like(residual) if huber is None else np.minimum(1, huber / np.maximum(np.abs(residual), 1e-300))
-        gradient = np.einsum("brp,br->bp", slopes, w * residual)
-        curvature = np.einsum("brp,br,brq->bpq", slopes, w, slopes, optimize=True)
+        weighted = slopes
+        if huber is not None:
+            weighted = slopes * np.minimum(1, huber / np.maximum(np.abs(residual), 1e-300))[..., None]
+        transposed = weighted.swapaxes(-1, -2)
+        gradient = (transposed @ residual[..., None])[..., 0]
+        curvature = transposed @ slopes
         stuck = ((theta <= low) & (gradient < 0)) | ((theta >= high) & (gradient > 0))
-        free = ~stuck
-        curvature = curvature * (free[:, :, None] & free[:, None, :])
-        diagonal = np.einsum("bpp->bp", curvature)
-        scale = np.where(stuck, 1.0, diagonal * damping[:, None] + 1e-14 * (1 + diagonal))
-        step = np.linalg.solve(curvature + scale[:, :, None] * eye, np.where(stuck, 0.0, gradient)[..., None])[..., 0]
+        if stuck.any():
+            free = ~stuck
+            curvature = curvature * (free[:, :, None] & free[:, None, :])
+        size = curvature[:, diagonal, diagonal]
+        curvature[:, diagonal, diagonal] += np.where(stuck, 1.0, size * damping[:, None] + 1e-14 * (1 + size))
+        step = np.linalg.solve(curvature, np.where(stuck, 0.0, gradient)[..., None])[..., 0]
         proposed = np.clip(theta + step, low, high)
         with np.errstate(over="ignore", invalid="ignore"):
             predicted, changed = form.predict(proposed, u)
             moved = y - predicted
             value = cost(moved)
         better = value <= best
-        gain = best - np.where(better, value, best)
+        settled = (better & (best - value <= 1e-10 * best)) | (damping >= 1e10)
         theta = np.where(better[:, None], proposed, theta)
         residual = np.where(better[:, None], moved, residual)
         slopes = np.where(better[:, None, None], changed, slopes)
-        settled = better & (gain <= 1e-12 * best)
         best = np.where(better, value, best)
-        damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-12, 1e12)
-        if (settled | (damping >= 1e10)).all():
-            break
-    return theta, best
+        damping = np.clip(np.where(better, damping / 8, damping * 8), 1e-12, 1e12)
+        final[active], final_cost[active] = theta, best
+        if settled.any():
+            keep = ~settled
+            if not keep.any():
+                break
+            active, theta, best, damping = active[keep], theta[keep], best[keep], damping[keep]
+            residual, slopes, y, low, high = residual[keep], slopes[keep], y[keep], low[keep], high[keep]
+    return final, final_cost
