@@ -138,7 +138,7 @@ def starts(form: Form, u: np.ndarray, y: np.ndarray) -> np.ndarray:
         left = np.log(np.exp(y) - share * np.exp(y.min())) - np.log(terms)
         columns = [np.exp(u[:, i]) if name == "rate" else u[:, i] for i, name in enumerate(exponents)]
         shift = [value * column for value, column in zip(values, columns)]
-        levels = [(left + s).mean() for s in shift]
+        levels = [(y + sum(shift)).mean()] if form.name == "product" else [(left + s).mean() for s in shift]
         floor = [np.log(share) + y.min()] if "e" in form.parameters else []
         found.append([*floor, *levels, *values])
     return np.array(found)
