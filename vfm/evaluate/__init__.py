@@ -54,6 +54,7 @@ from vfm.evaluate.answers import answers, check_answers  # noqa: E402
 from vfm.evaluate.any_to_any import any_to_any, check_any_to_any  # noqa: E402
 from vfm.evaluate.continuation import check_continuation, continuation  # noqa: E402
 from vfm.evaluate.course import check_course, course  # noqa: E402
+from vfm.evaluate.early_stopping import check_early_stopping, early_stopping  # noqa: E402
 from vfm.evaluate.generation import check_generation, generation  # noqa: E402
 from vfm.evaluate.in_context import check_in_context, in_context  # noqa: E402
 from vfm.evaluate.matching import check_matching, matching  # noqa: E402
@@ -68,6 +69,7 @@ EVALUATORS = {
     "any_to_any": any_to_any,
     "continuation": continuation,
     "course": course,
+    "early_stopping": early_stopping,
     "generation": generation,
     "in_context": in_context,
     "matching": matching,
@@ -82,6 +84,7 @@ CHECKS = {
     "any_to_any": check_any_to_any,
     "continuation": check_continuation,
     "course": check_course,
+    "early_stopping": check_early_stopping,
     "generation": check_generation,
     "in_context": check_in_context,
     "matching": check_matching,
