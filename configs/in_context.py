@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from configs import common
 
 WIDTH, SYMBOLS = 64, 32
+EVERY = 20  # steps between two evaluations
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -43,14 +44,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.train.update(steps=800, batch_size=32)
     c.optimizer.update(learning_rate=3e-3)
     c.optimizer.schedule.warmup_steps = 50
-    c.eval.update(every=20, limit=64, test_limit=512, batch_size=64, evaluators=("in_context", "course"))
+    c.eval.update(every=EVERY, limit=64, test_limit=512, batch_size=64, evaluators=("in_context", "course"))
     c.eval.in_context = {"early": (0.25, 0.5), "late": (0.75, 1.0), "parts": 12, "beside": ""}
-    # Half of what two layers come to.
-    c.eval.course = {
-        "late_loss": {"at_most": 0.3},
-        "icl_score": {"at_most": -1.0},
-        "induction_score": {"at_least": 0.4},
-    }
+    c.eval.course = course(late_loss={"at_most": 0.3}, icl_score={"at_most": -1.0}, induction_score={"at_least": 0.4})
     c.checkpoint.update(every=1000, keep=1, keep_best=0)
     if arg == "lookup":
         lookup(c)
@@ -61,17 +57,25 @@ def get_config(arg: str = "") -> ConfigDict:
         c.train.update(steps=4, batch_size=4)
         c.optimizer.schedule.warmup_steps = 2
         c.eval.update(every=2, limit=8, test_limit=8, batch_size=8)
+        for level in c.eval.course.values():
+            level.every = 2
         c.log.every = 2
     return c
 
 
+def course(**levels: dict) -> dict:
+    """Levels about half way to what two layers come to; and the curves, at every evaluation."""
+    curves = ("late_loss", "late_accuracy", "late_exact_match", "induction_score", "previous_token_score")
+    return {name: {**levels.get(name, {}), "every": EVERY} for name in (*curves, *levels)}
+
+
 def lookup(c: ConfigDict) -> None:
-    """8 of 16 keys, with one of 16 values each; then the 8 again. Half of the symbols can be known, and are trained on."""
+    """8 of 16 keys with one of 16 values each, then the 8 again. What is trained on are the answers."""
     c.title, c.study.task = "In-context learning: lookup", "lookup"
     c.data.source = {"name": "lookup", "pairs": 8, "queries": 8, "keys": 16, "values": 16}
     c.data.update(length=32, loss="asked")
     c.train.update(steps=500, batch_size=64)
-    c.eval.course = {"late_loss": {"at_most": 0.3}, "induction_score": {"at_least": 0.4}}
+    c.eval.course = course(late_loss={"at_most": 0.3}, induction_score={"at_least": 0.4})
 
 
 def functions(c: ConfigDict) -> None:
@@ -82,8 +86,4 @@ def functions(c: ConfigDict) -> None:
     c.model.backbone.arrangement = "sequential"
     c.train.update(steps=600, batch_size=32)
     c.eval.in_context.beside = "validation"
-    c.eval.course = {
-        "late_loss": {"at_most": 0.8},
-        "icl_score": {"at_most": -0.3},
-        "induction_score": {"at_least": 0.5},
-    }
+    c.eval.course = course(late_loss={"at_most": 0.8}, icl_score={"at_most": -0.3}, induction_score={"at_least": 0.5})

@@ -34,7 +34,6 @@ import numpy as np
 from experiments import grids
 from experiments.records import Spread, spread
 from vfm.errors import unknown
-from vfm.train.logging import read_history
 
 ONE, TWO = {"model.backbone.depth": 1}, {"model.backbone.depth": 2}
 BLOCK = 48  # of the config; a shortest block as long as the longest: one length
@@ -214,23 +213,19 @@ def figure(table: Sequence[Mapping[str, Any]]):
 
 
 def pictures(records: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, tuple[str, Any]]:
-    """Loss by position, accuracy and loss by shots, and the course of the training; the last one only where the folders
-    of the runs are at hand."""
+    """The course of the training, loss by position, and accuracy and loss by shots; all from the records."""
     groups = _groups(records)
-    found = {"positions": ("Loss by position in test sequences; bands are standard deviations", _positions(groups))}
+    caption = (
+        "The course of the training on validation, one line for each seed: accuracy and exact match, which jump, the "
+        "loss on the same checkpoints, and what the heads look at"
+    )
+    found = {
+        "course": (caption, _course(groups)),
+        "positions": ("Loss by position in test sequences; bands are standard deviations", _positions(groups)),
+    }
     if any(len(_shots(group[0]["metrics"])) > 1 for group in groups.values()):
         caption = "Accuracy and loss by the number of examples before; dashed: functions that were trained on"
         found["shots"] = (caption, _by_shots(groups))
-    paths = {
-        name: [path for record in group if (path := folder / "runs" / record["run"] / "metrics.jsonl").is_file()]
-        for name, group in groups.items()
-    }
-    if any(paths.values()):
-        caption = (
-            "The course of the training, one line for each seed: accuracy and exact match, which jump, and the loss on "
-            "the same checkpoints; what the heads look at"
-        )
-        found["course"] = (caption, _course(paths))
     return found
 
 
@@ -274,18 +269,20 @@ def _by_shots(groups: Mapping[str, Sequence]):
     return drawing
 
 
-def _course(paths: Mapping[str, Sequence[Path]]):
+def _course(groups: Mapping[str, Sequence]):
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(13, 6.5), layout="constrained")
-    lines = {name: [read_history(path) for path in group] for name, group in paths.items()}
     for axes, (column, metric) in zip(drawing.subplots(2, 3).ravel(), COLUMNS.items()):
-        for i, (name, group) in enumerate(lines.items()):
-            for number, history in enumerate(group):
-                points = [(line["step"], line[metric]) for line in history if line.get(metric) is not None]
-                label = None if number else name
+        before = f"course_{metric}_at_"
+        for i, (name, group) in enumerate(groups.items()):
+            for number, record in enumerate(group):
+                points = [
+                    (int(k.removeprefix(before)), v) for k, v in record["metrics"].items() if k.startswith(before)
+                ]
                 if points:
-                    axes.plot(*zip(*points), color=f"C{i}", alpha=0.7, linewidth=1, label=label)
+                    label = None if number else name
+                    axes.plot(*zip(*sorted(points)), color=f"C{i}", alpha=0.7, linewidth=1, label=label)
         axes.set(title=column, xlabel="step")
         axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

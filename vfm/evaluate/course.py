@@ -20,8 +20,8 @@ def check_course(experiment) -> None:
         )
     for name, level in levels.items():
         where = f"config.eval.course.{name}"
-        if not hasattr(level, "items") or len(level) != 1:
-            raise UserError(f"{where}={level!r} must have one of the fields {' and '.join(LEVELS)}")
+        if not hasattr(level, "items") or not level or {"at_least", "at_most"} <= {*level}:
+            raise UserError(f"{where}={level!r} must have at_least or at_most, or every, such as {{'at_least': 0.95}}")
         for field, value in level.items():
             if field not in LEVELS:
                 raise unknown("field", field, LEVELS, where)
@@ -37,9 +37,10 @@ def course(experiment, params, variables, split: str, limit: int | None) -> Eval
       course_METRIC_first_step   the first step at which the metric was at its level; left out where it never was
       course_METRIC_at_STEP      its values at the steps that are multiples of a number, for whole curves
 
-    config.eval.course = {METRIC: {"at_least": 0.95}} or {"at_most": …} or {"every": 100}; a metric of validation, or
-    with "train_" before its name one of training. It is asked at the end, with the test split; during training only for
-    unknown names, as soon as metrics.jsonl has lines of both kinds. Raises UserError for a metric that is none.
+    config.eval.course = {METRIC: {"at_least": 0.95}}, or {"at_most": …}, or {"every": 100}, or such a level and every;
+    a metric of validation, or with "train_" before its name one of training. It is asked at the end, with the test
+    split; during training only for unknown names, as soon as metrics.jsonl has lines of both kinds. Raises UserError
+    for a metric that is none.
     """
     levels = experiment.config.eval.course
     if not distributed.is_main():  # the only process that has the file
@@ -69,9 +70,11 @@ def first_steps(history: Sequence[Mapping], levels: Mapping[str, Mapping[str, fl
             level = levels.get(_name(line["split"], key)) if key not in _ABOUT else None
             if level is None or value is None:  # null: not finite
                 continue
-            if "every" in level:
-                if line["step"] % level["every"] == 0:
-                    found[f"course_{_name(line['split'], key)}_at_{line['step']}"] = value
-            elif value >= level.get("at_least", -math.inf) and value <= level.get("at_most", math.inf):
-                found.setdefault(f"course_{_name(line['split'], key)}_first_step", line["step"])
+            name = f"course_{_name(line['split'], key)}"
+            if "every" in level and line["step"] % level["every"] == 0:
+                found[f"{name}_at_{line['step']}"] = value
+            if ("at_least" in level and value >= level["at_least"]) or (
+                "at_most" in level and value <= level["at_most"]
+            ):
+                found.setdefault(f"{name}_first_step", line["step"])
     return found

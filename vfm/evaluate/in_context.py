@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vfm.data import InContext
+from vfm.data.records import SPLITS, check_split
 from vfm.errors import UserError
 from vfm.evaluate import Evaluation, options
 from vfm.model import INPUTS
@@ -41,6 +42,8 @@ def check_in_context(experiment) -> None:
         if not 0 <= first < last <= 1:
             wanted = "two shares of the sequence, such as (0.75, 1.0)"
             raise UserError(f"config.eval.in_context.{name}={chosen[name]!r} must be {wanted}")
+    if chosen["beside"]:
+        check_split(chosen["beside"], SPLITS, "config.eval.in_context.beside")
     if not isinstance(chosen["parts"], int) or chosen["parts"] < 1:
         raise UserError(f"config.eval.in_context.parts={chosen['parts']!r} must be a whole number >= 1")
 
