@@ -25,24 +25,21 @@ Exponents belong to these models, tokens and budgets: the published ones (0.076 
 models up to a billion parameters) are no target.
 """
 
-import dataclasses
 import itertools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from configs import scaling as config
+from experiments.scaling_figure import figure as figure
+from experiments.scaling_points import COUNTS, Cells, Point, early_stopped, groups, near_best
 from vfm import scaling_laws as laws
 from vfm.errors import UserError, unknown
 
 WARMUP = 0.05  # share of the steps
-CAN_FIT = 3  # of an IsoFLOP parabola
-COUNTS = ("without embeddings", "with embeddings")
 
 
 # ------------------------------------------------------------------------------------------------------- the grid
@@ -138,125 +135,13 @@ def flops_per_token(modality: str, architecture: str, width: int, depth: int) ->
     return 6.0 * (depth * (mixer + 3 * width * mlp) + width * config.MODALITIES[modality]["vocab_size"])
 
 
-# ---------------------------------------------------------------------------------------------------- the records
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A run: parameters without and with embeddings, tokens of its training set, tokens and FLOPs of its training,
-    loss; rate, batch: as a multiple of what the rule says; cell: section `cell` of its config; gap: see
-    `early_stopping`."""
-
-    n: tuple[int, int]
-    rows: float
-    tokens: float
-    flops: float
-    loss: float
-    seed: int
-    rate: float
-    batch: int
-    cell: Mapping[str, Any]
-    gap: float = 0.0
-
-
-def _point(record: Mapping[str, Any]) -> Point:
-    cfg, metrics = record["config"], record["metrics"]
-    cell, data = cfg["cell"], cell_data(cfg)
-    name = "early_stopping_loss" if cell["name"] == "data" else "test_loss"
-    if name not in metrics:
-        needs = "; the study needs config.eval.evaluators=early_stopping" if cell["name"] == "data" else ""
-        raise UserError(f"run {record['run']} has no {name}{needs}")
-    blocks = cfg["model"]["encoders"]["text"], cfg["model"]["decoders"]["text"]
-    embeddings = sum(block["vocab_size"] for block in blocks) * cfg["model"]["backbone"]["width"]
-    return Point(
-        n=(record["parameters"] - embeddings, record["parameters"]),
-        rows=float(data),
-        tokens=float(record["tokens"]),
-        flops=float(record["flops"]),
-        loss=metrics[name],
-        seed=record["seed"],
-        rate=round(cfg["optimizer"]["learning_rate"] / cell["rate"], 6),
-        batch=cell["batch"],
-        cell=cell,
-        gap=metrics.get("early_stopping_gap", 0.0),
-    )
-
-
-def cell_data(cfg: Mapping[str, Any]) -> int:
-    """Tokens of the training set of a run; 0: all that there are."""
-    return cfg["data"].get("rows", {}).get("train", 0) * cfg["data"]["length"]
-
-
-def _groups(records: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, list[Point]]]:
-    """{(modality, architecture): {sweep: points}} in the order of the records."""
-    found: dict[tuple[str, str], dict[str, list[Point]]] = {}
-    for record in records:
-        point = _point(record)
-        kind = point.cell["modality"], point.cell["architecture"]
-        found.setdefault(kind, {}).setdefault(point.cell["name"], []).append(point)
-    return found
-
-
-def near_best(points: Sequence[Point]) -> tuple[list[Point], dict[int, tuple[str, float]]]:
-    """The points of the sweep of sizes by their rule, each size moved by what its best variation gains.
-
-    -> (points, {N: (the best variation as text, its gain in log loss)}). A variation is compared with the rule on the
-    seeds that have both, where initial parameters and order of the data are the same.
-    """
-    rule = lambda point: (point.rate, point.batch) == (1.0, 1)
-    base = {(point.n, point.seed): point for point in points if rule(point)}
-    gains: dict[tuple[int, int], dict[tuple, list[float]]] = {}
-    for point in points:
-        if (point.n, point.seed) in base and not rule(point):
-            gain = math.log(base[point.n, point.seed].loss / point.loss)
-            gains.setdefault(point.n, {}).setdefault((point.rate, point.batch), []).append(gain)
-    best = {}
-    for n in {point.n for point in base.values()}:
-        means = {key: statistics.fmean(values) for key, values in gains.get(n, {}).items()}
-        key = max(means, key=means.__getitem__, default=None)
-        better = key is not None and means[key] > 0
-        best[n] = (f"rate × {key[0]:g}, batch × {key[1]}", means[key]) if better else ("the rule", 0.0)
-    moved = [
-        dataclasses.replace(point, loss=point.loss * math.exp(-best[point.n][1])) for point in base.values()
-    ]  # fmt: skip
-    return moved, {n[0]: best[n] for n in sorted(best)}
-
-
-def early_stopped(points: Sequence[Point]) -> list[Point]:
-    """The best run of each training set and seed."""
-    best: dict[tuple, Point] = {}
-    for point in points:
-        key = point.rows, point.seed
-        if key not in best or point.loss < best[key].loss:
-            best[key] = point
-    return list(best.values())
-
-
 # ------------------------------------------------------------------------------------------------------ the table
-
-
-@dataclasses.dataclass(frozen=True)
-class Cells:
-    """What a law was fitted to, for the figure: x and loss of its cells, their budgets, and the law itself."""
-
-    x: tuple[float, ...]
-    loss: tuple[float, ...]
-    runs: int
-    budget: tuple[float, ...] = ()
-    fit: Any = None
-    allocation: Any = None
-    best: Mapping[int, tuple[str, float]] = dataclasses.field(default_factory=dict)
-
-    def __str__(self) -> str:
-        low, high = min(self.x), max(self.x)
-        cells = len({*zip(self.x, self.budget or self.x)})
-        return f"{cells} cells of {self.runs} runs, {low:.3g} to {high:.3g}"
 
 
 def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each law of each modality and architecture."""
     rows = []
-    for kind, sweeps in _groups(records).items():
+    for kind, sweeps in groups(records).items():
         found = _laws(sweeps)
         rows += [dict(zip(("tokens", "architecture", "law"), (*kind, name))) | row for name, row in found.items()]
     if not rows:
@@ -292,7 +177,8 @@ def _laws(sweeps: Mapping[str, Sequence[Point]]) -> dict[str, dict[str, Any]]:
     if sizes:
         gain = max(gain for _, gain in best.values())
         own = sum(name == "the rule" for name, _ in best.values())
-        note = f"the rule of rate and batch is best for {own} of {len(best)} sizes; else at most {gain:.2%} worse"
+        worse = f", else {gain:.2%} worse at most" if gain else ""
+        note = f"the rule for rate and batch is best for {own} of {len(best)} sizes{worse}"
         for i, count in enumerate(COUNTS):
             x = [point.n[i] for point in sizes]
             for floor in (False, True):
@@ -305,7 +191,7 @@ def _laws(sweeps: Mapping[str, Sequence[Point]]) -> dict[str, dict[str, Any]]:
             rows[name] = _of_one("D", [point.rows for point in stopped], stopped, floor)
     if budgets:
         for i, count in enumerate(COUNTS):
-            rows |= _allocations(budgets, [*sizes, *budgets], i, count)
+            rows |= _allocations(budgets, i, count) | _envelope([*sizes, *budgets], i, count)
     if budgets and sizes:
         for i, count in enumerate(COUNTS):
             rows |= _joint([*sizes, *budgets], i, count)
@@ -331,8 +217,8 @@ def _of_one(variable, x, points, floor, note="", best=None) -> dict[str, Any]:
     )
 
 
-def _allocations(points: Sequence[Point], all_points: Sequence[Point], count: int, name: str) -> dict[str, dict]:
-    """N_opt and the least loss by budget, by IsoFLOP and by the envelope."""
+def _allocations(points: Sequence[Point], count: int, name: str) -> dict[str, dict]:
+    """N_opt and the least loss by budget, by IsoFLOP."""
     n, loss = [float(point.n[count]) for point in points], [point.loss for point in points]
     compute = [point.flops for point in points]
     found, why = _attempt(laws.isoflop, n, compute, loss)
@@ -354,22 +240,28 @@ def _allocations(points: Sequence[Point], all_points: Sequence[Point], count: in
             error=100 * held.error if held else "",
             note="" if law else left or found.reason,
         )
-    curves: dict[float, dict[float, list]] = {}
-    for point in all_points:
-        key = point.cell["budget"] or point.flops
-        curves.setdefault(float(point.n[count]), {}).setdefault(key, []).append(point)
-    curves = {size: found for size, found in curves.items() if len(found) > 1}
-    mean = lambda values: math.exp(statistics.fmean(map(math.log, values)))
-    steps = {size: sorted((mean(p.flops for p in c), mean(p.loss for p in c)) for c in found.values())
-             for size, found in curves.items()}  # fmt: skip
-    xs, ys = ([[step[i] for step in found] for found in steps.values()] for i in (0, 1))
-    above, why = _attempt(laws.envelope, list(steps), xs, ys) if steps else (None, "no size was trained twice as long")
-    flat = [(size, c, value) for size, found in steps.items() for c, value in found]
-    if flat:
-        cells = Cells(tuple(f[0] for f in flat), tuple(f[2] for f in flat), len(all_points), tuple(f[1] for f in flat))
-        row = _row(cells, above.exponent if above else "", note=why)
-        rows[f"N_opt(C), envelope, N {name}"] = row
     return rows
+
+
+def _envelope(points: Sequence[Point], count: int, name: str) -> dict[str, dict]:
+    """N_opt by the envelope: of each size the losses of all its budgets, each of a run that was trained to its end."""
+    curves: dict[float, dict[float, list[float]]] = {}
+    for point in points:
+        budget = point.cell["budget"] or point.flops
+        curves.setdefault(float(point.n[count]), {}).setdefault(budget, []).append(math.log(point.loss))
+    steps = {
+        size: sorted((budget, math.exp(statistics.fmean(values))) for budget, values in found.items())
+        for size, found in curves.items()
+        if len(found) > 1
+    }
+    if not steps:
+        return {}
+    compute, loss = ([[step[i] for step in found] for found in steps.values()] for i in (0, 1))
+    above, why = _attempt(laws.envelope, list(steps), compute, loss)
+    flat = [(size, *step) for size, found in steps.items() for step in found]
+    x, budgets, losses = zip(*flat)
+    row = _row(Cells(x, losses, len(points), budgets), above.exponent if above else "", note=why)
+    return {f"N_opt(C), envelope, N {name}": row}
 
 
 def _joint(points: Sequence[Point], count: int, name: str) -> dict[str, dict]:
@@ -395,7 +287,7 @@ def files(records: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     """{name: content} of files beside the table: the laws of each modality and architecture as `scaling_laws.load`
     reads them, for `config.mode=plan`. N is that with embeddings, for which C = flops · N · D holds best."""
     found = {}
-    for (modality, architecture), sweeps in _groups(records).items():
+    for (modality, architecture), sweeps in groups(records).items():
         sizes, _ = near_best(sweeps.get("sizes", ()))
         points = [*sizes, *sweeps.get("budgets", ())]
         stopped = sweeps.get("data", ())
@@ -500,80 +392,3 @@ def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _apart(a, b) -> bool:
     return a.low > b.high or b.low > a.high
-
-
-def figure(table: Sequence[Mapping[str, Any]]):
-    """The cells of every sweep with their laws: loss by size, by data and by budget, the optimal sizes, and what the
-    variations gain."""
-    from matplotlib.figure import Figure
-
-    panels = [(title, law, draw) for title, law, draw in PANELS if any(row["law"] == law for row in table)]
-    drawing = Figure(figsize=(5 * max(len(panels), 1), 4.2), layout="constrained")
-    for i, (title, law, draw) in enumerate(panels):
-        axes = drawing.add_subplot(1, len(panels), i + 1)
-        for j, row in enumerate(row for row in table if row["law"] == law):
-            draw(axes, row["cells"], f"C{j}", f"{row['tokens']}, {row['architecture']}")
-        axes.set_title(title, fontsize=10)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
-    return drawing
-
-
-def _draw_law(axes, cells: Cells, color: str, label: str) -> None:
-    axes.loglog(cells.x, cells.loss, "o", color=color, markersize=4, alpha=0.6)
-    axes.set_ylabel("held-out loss, nats per token")
-    if cells.fit is not None:
-        x = np.geomspace(min(cells.x), max(cells.x), 100)
-        (variable,) = cells.fit.variables
-        axes.loglog(x, cells.fit.evaluate({variable: x}), color=color, label=f"{label}: α = {_short(cells.fit)}")
-
-
-def _short(fit) -> str:
-    alpha = fit.parameters["alpha"]
-    return f"{alpha.value:.3f}" if alpha.identified else "not identified"
-
-
-def _draw_budgets(axes, cells: Cells, color: str, label: str) -> None:
-    for i, budget in enumerate(sorted({*cells.budget})):
-        points = [(x, y) for x, y, b in zip(cells.x, cells.loss, cells.budget) if b == budget]
-        x, y = np.array(sorted(points)).T
-        axes.loglog(x, y, "o", color=f"C{i}", markersize=4, label=f"{budget:.2g} FLOPs")
-        if len({*x}) >= CAN_FIT:
-            middle = np.log(x).mean()
-            curve, grid = np.polyfit(np.log(x) - middle, np.log(y), 2), np.linspace(np.log(x[0]), np.log(x[-1]), 60)
-            axes.loglog(np.exp(grid), np.exp(np.polyval(curve, grid - middle)), color=f"C{i}")
-    axes.set_xlabel("N without embeddings")
-
-
-def _draw_optimum(axes, cells: Cells, color: str, label: str) -> None:
-    if cells.allocation is None:
-        return
-    found = [point for point in cells.allocation.points if not point.reason]
-    if found:
-        n = np.array([(p.n.value, p.n.low, p.n.high) for p in found]).T
-        error = np.maximum(np.stack([n[0] - n[1], n[2] - n[0]]), 0)
-        axes.errorbar([p.budget for p in found], n[0], error, fmt="o", color=color, label=label)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-    if cells.allocation.size is not None:
-        x = np.geomspace(found[0].budget, found[-1].budget, 50)
-        (variable,) = cells.allocation.size.variables
-        axes.plot(x, cells.allocation.size.evaluate({variable: x}), color=color)
-    axes.set_xlabel("training FLOPs")
-    axes.set_ylabel("N_opt without embeddings")
-
-
-def _draw_gains(axes, cells: Cells, color: str, label: str) -> None:
-    axes.semilogx(list(cells.best), [100 * gain for _, gain in cells.best.values()], "o-", color=color, label=label)
-    axes.set_xlabel("N without embeddings")
-    axes.set_ylabel("% of the loss")
-
-
-PANELS = (
-    ("Size: one pass over the same tokens", f"L(N), N {COUNTS[0]}", _draw_law),
-    ("Data: one model, stopped early", "L(D)", _draw_law),
-    ("Compute: sizes of each budget", f"N_opt(C), IsoFLOP, N {COUNTS[0]}", _draw_budgets),
-    ("Compute-optimal size", f"N_opt(C), IsoFLOP, N {COUNTS[0]}", _draw_optimum),
-    ("What the best rate and batch gain over the rule", f"L(N), N {COUNTS[0]}", _draw_gains),
-)

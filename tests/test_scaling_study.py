@@ -7,12 +7,13 @@ import pytest
 
 from configs import scaling as config
 from experiments import scaling as study
+from experiments.scaling_points import COUNTS, early_stopped, near_best, point_of, unique_tokens
 from vfm import scaling_laws as laws
 from vfm.errors import UserError
 from vfm.experiment import Experiment
 from vfm.plan import analytic
 
-WITHOUT, WITH = study.COUNTS
+WITHOUT, WITH = COUNTS
 EXPONENT = "exponent [95 %]"
 
 
@@ -62,8 +63,8 @@ def follow(law, s, noise=1e-3):
     rng, found = np.random.default_rng(0), []
     for run in study.runs(s):
         made = record(run, 1.0)
-        unique = study.cell_data(made["config"]) or made["tokens"]
-        n = study._point({**made, "metrics": {"test_loss": 1.0, "early_stopping_loss": 1.0}}).n[0]
+        unique = unique_tokens(made["config"]) or made["tokens"]
+        n = point_of({**made, "metrics": {"test_loss": 1.0, "early_stopping_loss": 1.0}}).n[0]
         loss = law(n, unique, made["tokens"], run) * np.exp(noise * rng.normal())
         gap = {"early_stopping_loss": loss, "early_stopping_gap": 0.5 * made["tokens"] / unique * n / unique}
         made["metrics"] |= {"test_loss": loss} | (gap if run["cell"]["name"] == "data" else {})
@@ -119,7 +120,7 @@ def test_parameters_and_flops_are_those_of_the_program(architecture):
     assert measured["flops.per_token"] == pytest.approx(per_token, rel=0.01)
     made = {"cell": c.cell, "model": c.model, "data": c.data, "optimizer": c.optimizer}
     made = {"parameters": measured["parameters.total"], "config": made, "run": "", "seed": 0, "flops": 1, "tokens": 1}
-    point = study._point({**made, "metrics": {"test_loss": 1.0}})
+    point = point_of({**made, "metrics": {"test_loss": 1.0}})
     assert point.n == (measured["parameters.backbone"], measured["parameters.total"])
 
 
@@ -173,8 +174,8 @@ def test_a_size_is_moved_by_what_its_best_variation_gains():
         better = 0.95 if times > 1.9 and n < 5000 else 1.1 if times != pytest.approx(1) else 1
         return n**-0.1 * better * (1 + 0.01 * run["seed"])
 
-    points = [study._point(r) for r in follow(law, s, noise=0)]
-    moved, best = study.near_best(points)
+    points = [point_of(r) for r in follow(law, s, noise=0)]
+    moved, best = near_best(points)
     assert len(moved) == 9
     assert [name for name, _ in best.values()] == ["rate × 2, batch × 1", "the rule", "the rule"]
     for point in moved:
@@ -184,11 +185,12 @@ def test_a_size_is_moved_by_what_its_best_variation_gains():
 
 def test_the_best_number_of_passes_counts():
     s = settings(sweeps=("data",), seeds=1)
-    points = [study._point(r) for r in follow(lambda n, unique, tokens, run: 1 + abs(tokens - 5e5) / 5e6, s, noise=0)]
-    best = study.early_stopped(points)
+    points = [point_of(r) for r in follow(lambda n, unique, tokens, run: 1 + abs(tokens - 5e5) / 5e6, s, noise=0)]
+    best = early_stopped(points)
     assert len(best) == len(s.data.rows) < len(points)
-    few, many = (min(abs(p.tokens - 5e5) for p in points if p.rows == best[-1].rows) for _ in range(2))
-    assert best[-1].loss == pytest.approx(1 + few / 5e6) and few == many
+    for point in best:
+        tokens = [p.tokens for p in points if p.rows == point.rows]
+        assert point.tokens == min(tokens, key=lambda t: abs(t - 5e5))
 
 
 def test_what_held_and_what_did_not(found):
