@@ -33,7 +33,7 @@ def test_an_induction_head_has_a_prefix_matching_score_of_one():
     weights = heads(lambda t: max(t - 2, 0), lambda t: max(t - 3, 0), lambda t: max(t - 1, 0), lambda t: 0)
     # What the last token of the first block has behind it is the first one of the second.
     np.testing.assert_allclose(mean(prefix_matching(weights, TOKENS, asked)), [1, 0, 0, 0])
-    uniform = np.tril(np.ones((7, 7))) / np.arange(1, 8)[:, None]
+    uniform = np.tril(np.ones((7, 7), np.float32)) / np.arange(1, 8, dtype=np.float32)[:, None]
     scores = prefix_matching(uniform[None, None, None], TOKENS, asked)
     np.testing.assert_allclose(mean(scores), np.mean([1 / 5, 1 / 6, 1 / 7]), rtol=1e-6)
     assert scores[1] == 3

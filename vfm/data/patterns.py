@@ -112,9 +112,9 @@ class Lookup(Sequences):
         keys = rng.permutation(self.keys)[: self.pairs]
         values = self.keys + rng.integers(self.values, size=self.pairs)
         order = np.concatenate([np.arange(self.pairs), rng.permutation(self.pairs)[: self.queries]])
-        answers = np.arange(self.length) % 2 == 1
-        answers[: 2 * self.pairs] = False
-        return np.stack([keys[order], values[order]], axis=1).ravel(), np.where(answers, self.pairs, -1)
+        shots = np.full(self.length, -1)
+        shots[2 * self.pairs + 1 :: 2] = self.pairs
+        return _in_turn(keys[order], values[order]), shots
 
 
 FAMILIES = {"shift": "x + b", "scale": "a x", "affine": "a x + b", "table": "any"}
@@ -185,4 +185,11 @@ class Functions(Sequences):
             x = rng.integers(self.numbers, size=self.examples)
         shots = np.full(self.length, -1)
         shots[1::2] = np.arange(self.examples)
-        return np.stack([x, self.numbers + table[x]], axis=1).ravel(), shots
+        return _in_turn(x, self.numbers + table[x]), shots
+
+
+def _in_turn(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a_0, b_0, a_1, b_1, …"""
+    found = np.empty(2 * len(a), np.int32)
+    found[0::2], found[1::2] = a, b
+    return found

@@ -157,7 +157,7 @@ def prefix_matching(weights: jax.Array, tokens: jax.Array, asked: jax.Array) -> 
     """
     place = jnp.arange(tokens.shape[1])
     follows = jnp.roll(tokens, 1, axis=1)[:, None, :] == tokens[:, :, None]  # key s stands behind such a token
-    follows &= (place[None, :] >= 1) & (place[None, :] <= place[:, None])
+    follows &= ((place[None, :] >= 1) & (place[None, :] <= place[:, None]))[None]
     asked = asked & follows.any(axis=-1)
     mass = jnp.einsum("lbnts,bts->lbnt", weights, (follows & asked[..., None]).astype(weights.dtype))
     return mass.sum(axis=(1, 3)), asked.sum().astype(jnp.float32)
