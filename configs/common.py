@@ -53,6 +53,8 @@ def base() -> ConfigDict:
             },
             "checkpoint": {"every": 500, "keep": 2, "keep_best": 1, "best_metric": "loss", "best_mode": "min"},
             "log": {"every": 20, "tensorboard": True},
+            # Of mode=plan; "" and 0.0: not asked for. vfm/budget.py explains the fields.
+            "plan": {"law": "", "budget": 0.0, "tokens": 0.0, "accelerator": "", "utilisation": 0.0},
             "generate": {  # the fields are explained in vfm/infer.py
                 "task": "",
                 "text": "",

@@ -62,17 +62,18 @@ def test_the_exponent_beside_an_irreducible_loss_lies_in_its_interval(cells, noi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", (0.001, 0.003, 0.01))
-@pytest.mark.parametrize("huber", (None, 1e-3))
-@pytest.mark.parametrize("name, truth", [("alpha", ALPHA), ("beta", BETA), ("E", E)])
-def test_the_parameters_of_the_joint_law_lie_in_their_intervals(noise, huber, name, truth):
+@pytest.mark.parametrize("huber, noise", [(None, 0.001), (None, 0.01), (1e-3, 0.003)])
+def test_the_parameters_of_the_joint_law_lie_in_their_intervals(huber, noise):
     n, d = grid()
-
-    def make(rng):
-        law = scaling_laws.fit("chinchilla", {"N": n, "D": d}, noisy(surface(n, d), noise, rng), huber=huber, rng=rng)
-        return law.parameters[name]
-
-    assert covered(make, truth) >= 0.93
+    hits = dict.fromkeys(("alpha", "beta", "E"), 0)
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        loss = noisy(surface(n, d), noise, rng)
+        law = scaling_laws.fit("chinchilla", {"N": n, "D": d}, loss, huber=huber, draws=400, rng=rng)
+        for name, truth in zip(hits, (ALPHA, BETA, E)):
+            found = law.parameters[name]
+            hits[name] += found.identified and found.low <= truth <= found.high
+    assert min(hits.values()) >= 93
 
 
 def test_predictions_and_the_best_size_lie_in_their_intervals():
@@ -122,6 +123,8 @@ def test_the_published_constants_give_the_published_loss_and_are_recovered():
     assert best.n.value * best.d.value * 6 == pytest.approx(best.budget)
     assert best.a.value == pytest.approx(BETA / (ALPHA + BETA), rel=1e-4)
     assert best.a.value + best.b.value == pytest.approx(1)
+    tokens = scaling_laws.compute_optimal_tokens(law, best.n.value)
+    assert tokens.value == pytest.approx(best.d.value) and tokens.low <= tokens.value <= tokens.high
 
 
 def test_the_joint_form_of_kaplan():
@@ -135,6 +138,7 @@ def test_the_joint_form_of_kaplan():
     sides = law.evaluate({"N": best.n.value * step, "D": best.d.value / step})
     assert (sides > best.loss.value).all()
     assert best.a.value == pytest.approx(1 / (1 + 0.076 / 0.095), rel=1e-4)
+    assert scaling_laws.compute_optimal_tokens(law, best.n.value).value == pytest.approx(best.d.value)
 
 
 @pytest.mark.parametrize("name", sorted(FORMS))

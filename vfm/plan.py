@@ -1,6 +1,7 @@
 """`config.mode=plan`: parameters, FLOPs, memory per device and mesh of a run, without training it."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,15 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vfm import data, distributed, flops, model, objectives, report, tokenizers, tree
+from vfm import budget, data, distributed, flops, model, objectives, report, tokenizers, tree
 from vfm.train.optimizer import trained
 
+# Tables of ids and of positions, and the head over the vocabulary: what "non-embedding" parameters leave out
+# (Kaplan et al. 2020, section 2.1). Position tables hold an entry per place, and a head is a table read backwards.
+EMBEDDINGS = (
+    r"(.*/)?(embedding/embedding|(block_)?positions(/embedding)?|token_types/embedding)"
+    r"|decoders_[^/]*/(head/)?(kernel|bias)"
+)
 # The order of the survey's picture; the roots of the parameter tree are `{block}_{modality}` and `backbone`.
 BLOCKS = ("encoders", "input_projectors", "backbone", "output_projectors", "decoders", "signals")
 
@@ -18,16 +25,17 @@ BLOCKS = ("encoders", "input_projectors", "backbone", "output_projectors", "deco
 def plan(experiment, path) -> dict[str, float]:
     """Prints the plan of a run and writes it to plan.json; returns it, flat name → number.
 
-      parameters.{block}.{modality}, .total, .trainable, .frozen
+      parameters.{block}.{modality}, .total, .trainable, .frozen, .embeddings, .non_embedding
       flops.forward, .step        of one step on all devices: the loss alone, and with its gradient,
                                   as if nothing were rematerialised (the convention of MFU)
       flops.executed              with what rematerialisation computes again
-      flops.per_token, .per_example
+      flops.per_token, .per_example, .6ND     6 × parameters without embeddings × tokens (Kaplan et al. 2020)
       step.examples, .tokens, .micro_batches
       memory.parameters, .gradients, .optimizer, .ema, .variables, .batch    bytes per device, exact
       memory.temporaries          what the compiled step needs besides: activations, gradients
       memory.total                arguments + results that are not written in place + temporaries
       mesh.devices, mesh.{axis}
+      budget.*                    where `config.plan` asks for it, see vfm/budget.py
 
     The step is traced and compiled, never run, and no data is read. Where the backend gives no memory
     figures, `temporaries` is left out and `total` is the sum of the exact ones.
@@ -36,8 +44,12 @@ def plan(experiment, path) -> dict[str, float]:
     traced = experiment.train_step.trace(experiment.abstract_state, batch)
     found["flops.executed"] = flops.count_jaxpr(traced.jaxpr)
     found |= _memory(experiment, batch, traced)
+    rows = []
+    if budget.wanted(experiment.config):
+        numbers, rows = budget.plan(experiment, found, _si, _bytes)
+        found |= numbers
     if distributed.is_main():
-        print(_text(experiment, found))
+        print(_text(experiment, found, rows))
         report.write_json(path / "plan.json", found)
     return found
 
@@ -81,8 +93,16 @@ def _parameters(experiment) -> dict[str, int]:
         blocks[name] = blocks.get(name, 0) + tree.count(params[root])
     total = tree.count(params)
     trainable = sum(math.prod(leaf.shape) for path, leaf in tree.flatten(params).items() if learns[path])
+    bare = non_embedding(params)
     found = {**blocks, "total": total, "trainable": trainable, "frozen": total - trainable}
+    found |= {"embeddings": total - bare, "non_embedding": bare}
     return {f"parameters.{name}": value for name, value in found.items()}
+
+
+def non_embedding(params) -> int:
+    """Parameters of a tree without tables of ids and positions and without heads over a vocabulary (EMBEDDINGS)."""
+    leaves = tree.flatten(params).items()
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if not re.fullmatch(EMBEDDINGS, path))
 
 
 def _block(root: str) -> tuple:
@@ -115,6 +135,7 @@ def _flops(experiment, batch, sizes) -> dict[str, float]:
         "flops.step": step,
         "flops.per_token": step / sizes["step.tokens"],
         "flops.per_example": step / sizes["step.examples"],
+        "flops.6ND": 6 * non_embedding(state.params) * sizes["step.tokens"],
     }
 
 
@@ -159,8 +180,8 @@ def device_bytes(struct) -> int:
     return sum(map(size, jax.tree.leaves(struct)))
 
 
-def _text(experiment, found: Mapping[str, float]) -> str:
-    """The plan as an aligned table."""
+def _text(experiment, found: Mapping[str, float], more: budget.Rows) -> str:
+    """The plan as an aligned table; more: its last rows."""
     mesh = " × ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items() if size > 1)
     device, total = experiment.mesh.devices.flat[0], found["parameters.total"]
     micro, examples = found["step.micro_batches"], found["step.examples"]
@@ -187,6 +208,7 @@ def _text(experiment, found: Mapping[str, float]) -> str:
         ("  examples", f"{examples:,}", f"{micro} × {examples // micro:,}" if micro > 1 else ""),
         ("  tokens", f"{found['step.tokens']:,}", f"{examples:,} × {found['step.tokens'] // examples:,}"),
         ("memory per device", "", ""), *section("memory", _bytes, lambda name, _: notes.get(name, "")),
+        *more,
     ]  # fmt: skip
     wide = max(len(name) for name, value, _ in rows if value)
     high = max(len(value) for _, value, _ in rows)

