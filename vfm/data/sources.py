@@ -14,12 +14,14 @@ from vfm.data.arrays import Npz
 from vfm.data.audio import AudioFolder, Dtmf
 from vfm.data.construct import construct
 from vfm.data.documents import Jsonl, Stdlib
+from vfm.data.edges import Edges
 from vfm.data.image import Digits, ImageFolder
 from vfm.data.logs import Logs
 from vfm.data.patterns import Functions, Lookup, Repeated
 from vfm.data.records import CorruptRecord
 from vfm.data.shapes import Shapes
 from vfm.data.speech import Spectrograms, Speech
+from vfm.data.task_families import TaskFamilies
 from vfm.data.tfds import Tfds
 from vfm.errors import UserError
 
@@ -28,6 +30,7 @@ SOURCES = {
     "audio_folder": AudioFolder,
     "digits": Digits,
     "dtmf": Dtmf,
+    "edges": Edges,
     "functions": Functions,
     "image_folder": ImageFolder,
     "jsonl": Jsonl,
@@ -41,6 +44,7 @@ SOURCES = {
     "spectrograms": Spectrograms,
     "speech": Speech,
     "stdlib": Stdlib,
+    "task_families": TaskFamilies,
     "tfds": Tfds,
 }
 
