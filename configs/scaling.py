@@ -219,7 +219,7 @@ def gpu(c: ConfigDict) -> None:
 def smoke(c: ConfigDict) -> None:
     """Every sweep, with too few cells for some of the fits, which say so."""
     sizes = ((8, 1), (12, 1), (16, 1), (24, 1))
-    c.study.update(sizes=sizes, tokens=8192, variations=((2.0, 1),), seeds=1)
+    c.study.update(sizes=sizes, tokens=8192, variations=(), seeds=1)
     c.study.data.update(size=(8, 1), rows=(8, 16), passes=(4,), tokens=8192, evaluations=2)
     c.study.budgets = ((2e9, sizes[1:3]),)
     c.data.rows = {"train": 0, "validation": 16, "test": 32}
