@@ -57,10 +57,12 @@ from vfm.evaluate.course import check_course, course  # noqa: E402
 from vfm.evaluate.early_stopping import check_early_stopping, early_stopping  # noqa: E402
 from vfm.evaluate.generation import check_generation, generation  # noqa: E402
 from vfm.evaluate.in_context import check_in_context, in_context  # noqa: E402
+from vfm.evaluate.joint import check_joint, joint  # noqa: E402
 from vfm.evaluate.matching import check_matching, matching  # noqa: E402
 from vfm.evaluate.probe import check_probe, probe  # noqa: E402
 from vfm.evaluate.reconstruction import check_reconstruction, reconstruction  # noqa: E402
 from vfm.evaluate.retrieval import check_retrieval, retrieval  # noqa: E402
+from vfm.evaluate.spectrum import check_spectrum, spectrum  # noqa: E402
 from vfm.evaluate.text import check_text, text  # noqa: E402
 from vfm.evaluate.visual import check_visual, visual  # noqa: E402
 
@@ -72,10 +74,12 @@ EVALUATORS = {
     "early_stopping": early_stopping,
     "generation": generation,
     "in_context": in_context,
+    "joint": joint,
     "matching": matching,
     "probe": probe,
     "reconstruction": reconstruction,
     "retrieval": retrieval,
+    "spectrum": spectrum,
     "text": text,
     "visual": visual,
 }
@@ -87,10 +91,12 @@ CHECKS = {
     "early_stopping": check_early_stopping,
     "generation": check_generation,
     "in_context": check_in_context,
+    "joint": check_joint,
     "matching": check_matching,
     "probe": check_probe,
     "reconstruction": check_reconstruction,
     "retrieval": check_retrieval,
+    "spectrum": check_spectrum,
     "text": check_text,
     "visual": check_visual,
 }

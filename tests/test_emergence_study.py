@@ -1,0 +1,212 @@
+"""The studies of emergence: equal FLOPs, tables and figures of records that are made up, and what is said of them."""
+
+import math
+
+import pytest
+
+from configs import emergence as config
+from experiments import emergence as study
+from experiments import grokking
+from experiments.records import markdown
+from experiments.study import resolve
+from vfm import data
+from vfm.data.interleave import Layout
+from vfm.errors import UserError
+from vfm.experiment import Experiment
+from vfm.plan import analytic
+from vfm.thresholds import Sigmoid, Threshold
+from vfm.workdir import plain
+
+
+def made(c, module, metrics, parameters=lambda config: config.model.backbone.width**2):
+    """Records of all runs of a config, with metrics(config) of each."""
+    settings = c.study
+    base = c.copy_and_resolve_references()
+    del base.study
+    found = []
+    for number, overrides in enumerate(module.runs(settings)):
+        resolved = resolve(base, overrides)
+        work = 1e6 * resolved.train.steps * resolved.data.length / 14
+        run = {"run": str(number), "overrides": overrides, "seed": resolved.seed, "flops": work}
+        found.append(
+            run | {"parameters": parameters(resolved), "metrics": metrics(resolved), "config": plain(resolved)}
+        )
+    return found
+
+
+# Where each form comes to a half, in examples.
+MIDDLES = {"plain": 900, "reversed": 700, "scratchpad": 500}
+
+
+def score(c):
+    source = c.data.source
+    match = float(Sigmoid(math.log(MIDDLES[source.form]) + 0.05 * (c.seed - 2), 3.0)(source.examples))
+    half = 0.6 if source.form == "scratchpad" else 0.4
+    found = {study.MATCH: match, study.LIKELIHOOD: -2 / math.log(source.examples), study.DISTANCE: 1 - match}
+    if "course" in c.eval.evaluators:
+        for i in range(1, 12):
+            step = c.train.steps * i // 12
+            found[f"course_{study.MATCH}_at_{step}"] = match * float(Sigmoid(math.log(half), 6.0)(i / 12))
+            found[f"course_{study.LIKELIHOOD}_at_{step}"] = -2.0
+            found[f"course_{study.DISTANCE}_at_{step}"] = 0.5
+    else:
+        found |= {f"plain_shots_{study.MATCH}": 0.1, f"scratchpad_shots_{study.MATCH}": 0.02}
+    return found
+
+
+@pytest.fixture(scope="module")
+def records():
+    c = config.get_config()
+    c.study.series = ("examples", "prompted")
+    return made(c, study, score)
+
+
+def test_runs_of_two_series_are_made_once():
+    c = config.get_config()
+    found = study.runs(c.study)
+    settings = c.study
+    amounts, widths, digits = (len(settings[name]) for name in ("examples", "widths", "numbers"))
+    assert len(found) == settings.seeds * 3 * (amounts + (widths - 1))
+    assert len(study.runs({**settings, "series": ("digits", "examples")})) == settings.seeds * 3 * (
+        amounts + digits - 1
+    )
+    assert all(run["seed"] == run["data.source.seed"] for run in found)
+    with pytest.raises(UserError, match="did you mean 'examples'"):
+        study.runs({**settings, "series": ("example",)})
+    with pytest.raises(UserError, match="config.study.seeds=0"):
+        study.runs({**settings, "seeds": 0})
+
+
+@pytest.mark.parametrize("arg", ["", "hops"])
+def test_forms_have_equal_flops(arg):
+    """But for what attention and rounding to checkpoints make."""
+    c = config.get_config(arg)
+    c.study.seeds = 1
+    if not arg:
+        c.study.series = ("digits",)
+    base = c.copy_and_resolve_references()
+    del base.study
+    found = {}
+    for overrides in study.runs(c.study):
+        resolved = resolve(base, overrides)
+        found[resolved.data.length] = analytic(Experiment(resolved))["flops.step"] * resolved.train.steps
+    assert len(found) == (2 if arg else 6)
+    assert max(found.values()) < 1.12 * min(found.values())
+
+
+@pytest.mark.parametrize("form", ["plain", "reversed", "scratchpad"])
+@pytest.mark.parametrize("shots", [0, 2])
+def test_rows_are_as_long_as_said(form, shots):
+    c = config.get_config()
+    source = {"name": "addition", "digits": 3, "form": form, "examples": 400}
+    length = study.row_length(form, 3) + shots * study.shot_length(form, 3)
+    build = lambda length: data.build(
+        {"name": "questions", "source": source, "shots": shots},
+        "train",
+        layout=Layout(length),
+        tokenizer=Experiment(c).tokenizer,
+    )
+    build(length)
+    with pytest.raises(UserError, match="longest row"):
+        build(length - 1)
+
+
+def test_thresholds_of_the_table(records):
+    table = study.summarize(records)
+    rows = {(row["form"], row["examples"]): row for row in table}
+    for form, middle in MIDDLES.items():
+        found = rows[form, 1200]["50 % at examples"]
+        assert found is rows[form, 300]["50 % at examples"] and found.value == pytest.approx(middle, rel=0.1)
+        assert found.low <= middle <= found.high
+    assert rows["plain", 300]["50 % at steps"].state == "not reached"
+    found = rows["plain", 4800]["50 % at FLOPs"]
+    assert found.value == pytest.approx(1e6 * rows["plain", 4800]["50 % at steps"].value)
+    assert 0.3 < found.value / (1e6 * rows["plain", 4800]["steps"]) < 0.5
+    assert "not reached (>" in markdown(table)
+
+
+def test_the_survey_beside_what_was_seen(records):
+    table = study.summarize(records)
+    found = {row["expected"]: row for row in study.expectations(table)}
+    row = found["scratchpad is earlier than plain in examples"]
+    assert row["held"].startswith("yes, 1.8 times") and row["by"].startswith("the survey")
+    assert found["scratchpad is earlier than plain in FLOPs"]["held"].startswith("no: later")
+    assert found["reversed is earlier than plain in examples"]["held"].startswith("yes")
+    prompted = next(row for text, row in found.items() if "solved scratchpads" in text)
+    assert prompted["held"] == "not at these scales"
+    jumps = [row for text, row in found.items() if "jumps" in text]
+    assert len(jumps) == 3 and all(row["held"] == "yes" for row in jumps)
+
+
+def test_what_cannot_be_told():
+    between, wide = Threshold(5, 4, 6, "found"), Threshold(6, 1, 20, "found")
+    nowhere = Threshold(math.nan, math.nan, math.nan, "not identified")
+    never = Threshold(math.nan, 10, math.inf, "not reached")
+    assert study._earlier(between, wide) == study._earlier(nowhere, between) == "cannot be told"
+    assert study._earlier(between, never) == "yes" and study._earlier(never, between) == "no: later"
+
+
+@pytest.mark.slow
+def test_figures(records, tmp_path):
+    study.figure(study.summarize(records)).savefig(tmp_path / "one.png")
+    for name, (_, drawing) in study.pictures(records, tmp_path).items():
+        drawing.savefig(tmp_path / f"{name}.png")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_hops():
+    def metrics(c):
+        share = c.data.source.fractions["train"]
+        match = float(Sigmoid(math.log(0.15 if c.data.source.chain else 0.4), 4.0)(share))
+        return {study.MATCH: match, study.LIKELIHOOD: match - 1, study.DISTANCE: 1 - match}
+
+    c = config.get_config("hops")
+    table = study.summarize(made(c, study, metrics))
+    assert {(row["form"], row["examples"]) for row in table} == {
+        (form, round(share * 20 * 16)) for form in ("direct", "chain") for share in c.study.shares
+    }
+    chain = next(row for row in study.expectations(table) if row["expected"].startswith("chain"))
+    assert chain["held"].startswith("yes, 2.7 times")
+
+
+def test_a_run_without_answers_is_refused(records):
+    with pytest.raises(UserError, match="run 0 has no answer_final_match"):
+        study.summarize([{**records[0], "metrics": {}}])
+
+
+def general(c):
+    """Learned by heart at step 100; the rule at 1500, with weight decay alone."""
+    decays = c.optimizer.weight_decay > 0
+    found = {"test_loss": 0.1 if decays else 5.0, "spectrum_top_share": 0.9 if decays else 0.3 + 0.01 * c.seed}
+    for step in range(50, c.train.steps, 50):
+        found[f"course_train_token_accuracy_at_{step}"] = 1.0 if step >= 100 else 0.7
+        found[f"course_answer_exact_match_at_{step}"] = 0.99 if decays and step >= 1500 + 50 * c.seed else 0.05
+        found[f"course_loss_at_{step}"] = 2.0
+    found["answer_exact_match"] = found[f"course_answer_exact_match_at_{step}"]
+    return found | {f"spectrum_{k}": 0.1 for k in range(1, 11)}
+
+
+def test_delayed_generalisation(tmp_path):
+    c = config.get_config("modular")
+    c.study.weight_decays = (1.0, 0.0)
+    records = made(c, grokking, general)
+    table = grokking.summarize(records)
+    assert [row["weight decay"] for row in table] == [1.0, 0.0]
+    assert table[0]["learned by heart at step"].mean == 100
+    assert table[0]["generalises at step"].mean == 1550 and table[1]["generalises at step"] == "never"
+    assert [row["held"] for row in grokking.expectations(table)] == ["yes"] * 3
+    # Without a seed that generalises, and with a control that does.
+    for record in records:
+        record["metrics"] = general(
+            resolve(c, {"optimizer.weight_decay": float(not record["overrides"]["optimizer.weight_decay"])})
+        )
+    assert [row["held"] for row in grokking.expectations(grokking.summarize(records))][:2] == ["no", "no"]
+    with pytest.raises(UserError, match="no course of the accuracy"):
+        grokking.summarize([{**records[0], "metrics": {}}])
+
+
+@pytest.mark.slow
+def test_figures_of_delayed_generalisation(tmp_path):
+    records = made(config.get_config("modular"), grokking, general)
+    grokking.figure(grokking.summarize(records)).savefig(tmp_path / "one.png")
+    grokking.pictures(records, tmp_path)["courses"][1].savefig(tmp_path / "two.png")
