@@ -233,11 +233,22 @@ class Gaussian:
         bound (bits per dimension), in which the mean gets no gradient.
         """
         when, how = jax.random.split(rng)
-        t = jax.random.randint(when, x0.shape[:1], 0, self.timesteps)
+        t = self.draw_times(when, len(x0))
         noise = jax.random.normal(how, x0.shape, x0.dtype)
+        return self.errors(denoise(*self.noised(x0, t, noise)), x0, t, noise)
+
+    def draw_times(self, rng: jax.Array, count: int) -> jax.Array:
+        """Times of training, int32[count]."""
+        return jax.random.randint(rng, (count,), 0, self.timesteps)
+
+    def noised(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a network reads: x_t, and the time."""
+        return self.q_sample(x0, t, noise), t
+
+    def errors(self, output: jax.Array, x0: jax.Array, t: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        """The terms of `losses` of a network's output for `noised`."""
         x, step = self.q_sample(x0, t, noise), self.at(t)
-        output = denoise(x, t).astype(jnp.float32)
-        prediction, learned = self.split(output)
+        prediction, learned = self.split(output.astype(jnp.float32))
         target = {"epsilon": noise, "x0": x0}.get(self.prediction)
         target = self.velocity(x0, t, noise) if target is None else target
         found = {"noise": _mean(jnp.square(prediction - target)) * self._weight(step)}

@@ -53,13 +53,27 @@ class Flow:
     def losses(self, denoise: Callable, x1: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
         """{"velocity": float32[B]}, the mean square of the error at one random time per item (eq. 23)."""
         when, how = jax.random.split(rng)
+        t = self.draw_times(when, len(x1))
+        noise = jax.random.normal(how, x1.shape, x1.dtype)
+        return self.errors(denoise(*self.noised(x1, t, noise)), x1, t, noise)
+
+    def split(self, output: jax.Array) -> tuple[jax.Array, None]:
+        """The velocity, and no learned variance; see `Gaussian.split`."""
+        return output, None
+
+    def draw_times(self, rng: jax.Array, count: int) -> jax.Array:
+        """Times of training, float32[count]."""
         if self.times == "uniform":
-            t = jax.random.uniform(when, x1.shape[:1])
-        else:
-            t = jax.nn.sigmoid(self.time_mean + self.time_std * jax.random.normal(when, x1.shape[:1]))
-        t = self.shifted(t)
-        x, velocity = self.path(x1, t, jax.random.normal(how, x1.shape, x1.dtype))
-        error = jnp.square(denoise(x, SCALE * (1 - t)).astype(jnp.float32) - velocity)
+            return self.shifted(jax.random.uniform(rng, (count,)))
+        return self.shifted(jax.nn.sigmoid(self.time_mean + self.time_std * jax.random.normal(rng, (count,))))
+
+    def noised(self, x1: jax.Array, t: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What a network reads: x_t, and its time."""
+        return self.path(x1, t, noise)[0], SCALE * (1 - t)
+
+    def errors(self, output: jax.Array, x1: jax.Array, t: jax.Array, noise: jax.Array) -> dict[str, jax.Array]:
+        """The terms of `losses` of a network's output for `noised`."""
+        error = jnp.square(output.astype(jnp.float32) - self.path(x1, t, noise)[1])
         return {"velocity": error.mean(axis=tuple(range(1, error.ndim)))}
 
     def sample(

@@ -12,6 +12,8 @@ from flax.core import FrozenDict
 
 from vfm.blocks import TABLES, build_block
 from vfm.data.interleave import Layout, Modality
+from vfm.decoders import joint as together
+from vfm.decoders.diffusion import PROCESSES
 from vfm.errors import UserError, unknown
 from vfm.sharding import constrain
 from vfm.wiring import check, controls, generative, labels, modalities, num_signals, reads_two, text_is_item
@@ -53,7 +55,10 @@ class VFM(nn.Module):
 
     A generative decoder (see `vfm.decoders`) draws items under a condition: the hidden states of the signals, or the
     features just named. The call gives the terms of its loss for the items of `inputs`, if there is an rng "noise";
-    `sample` draws items.
+    `sample` draws items. joint: {modalities, temperature} of diffusion decoders whose items are drawn together, by
+    `sample_joint` (CoDi, see `vfm.decoders.joint`). Where a call generates an item of each of them, their losses are
+    those of joint generation, and out["joint"] has embeddings {X: float32[B, N, E]} of what the decoders see of each
+    other, and the scale of their products; `sample` draws one of them alone.
 
     Args of the call (B rows, T sequence positions, N items of a modality per row):
       tokens: int32[B, T]; any value where no text stands. None: a model or a call without text.
@@ -87,6 +92,7 @@ class VFM(nn.Module):
     decoders: Mapping[str, nn.Module]
     alignment: Mapping[str, Any] | None = None
     discriminators: Mapping[str, nn.Module] = FrozenDict()
+    joint: Mapping[str, Any] | None = None
 
     def setup(self):
         if self.alignment is not None:
@@ -159,10 +165,13 @@ class VFM(nn.Module):
                         call.setdefault(f"decoder_{name}", of_encoder)
         x, out["backbone"] = self.backbone(x if separate else y, **call, train=train)
         out["output"] = x
+        jointly = self._jointly(inputs, [name for name in signal_starts if name in self.signals])
         for name, at in signal_starts.items():
             if name in self.signals:
                 hidden = gather(x, at, self.signals[name].shape[0])
-                out[name] = {**out.get(name, {}), **self._generate(name, hidden, at.shape, inputs, train)}
+                found = self._generate(name, hidden, at.shape, inputs, train, name in jointly)
+                out[name] = {**out.get(name, {}), **found}
+        self._joint_losses(jointly, inputs, train, out)
         for name, which in masked.items():
             hidden = self._project_out(name, gather(x, starts[name], which.shape[2]), train)
             out[name]["recovered"] = hidden.reshape(*which.shape[:2], *hidden.shape[1:])
@@ -254,6 +263,7 @@ class VFM(nn.Module):
                 if name == self.centre:
                     condition, lead = features, items.shape[:2]
                     summary = _summary(features, out[name]["encoder"]).reshape(*lead, -1)
+        jointly = self._jointly(inputs, generative(self))
         for name in generative(self):
             items = inputs.get(name)
             given = items if items is not None else inputs.get(controls(self).get(name))
@@ -263,12 +273,13 @@ class VFM(nn.Module):
                         f"the model generates an item of {name} from each item of {self.centre}, but the batch has "
                         f"{list(items.shape[:2])} of {name} and {list(lead)} of {self.centre}"
                     )
-                found = self._generate(name, condition, lead, inputs, train)
+                found = self._generate(name, condition, lead, inputs, train, name in jointly)
             elif given is not None and self.centre not in self.encoders:
-                found = self._generate(name, None, given.shape[:2], inputs, train)
+                found = self._generate(name, None, given.shape[:2], inputs, train, name in jointly)
             else:
                 continue
             out[name] = {**out.get(name, {}), **found}
+        self._joint_losses(jointly, inputs, train, out)
         return (self._label(summary, None, train, out) if summary is not None else None), out
 
     def _reconstruct(self, name, features, items, train, out):
@@ -277,8 +288,39 @@ class VFM(nn.Module):
             item, out[name]["decoder"] = self.decoders[name](features, train=train)
             out[name]["reconstructed"] = item.reshape(*items.shape[:2], *item.shape[1:])
 
-    def _generate(self, name, hidden, lead, inputs, train):
-        """What `out` holds of the items [B, N, …] generated from hidden float[B·N, K, D], or from nothing (None)."""
+    def _jointly(self, inputs, generated) -> tuple[str, ...]:
+        """The modalities whose losses are those of joint generation."""
+        names = self.joint["modalities"] if self.joint is not None else ()
+        ready = self.has_rng("noise") or self.is_initializing()
+        return names if ready and all(name in inputs and name in generated for name in names) else ()
+
+    def _joint_losses(self, names, inputs, train, out):
+        """Puts the losses of joint generation into out[X], and what else it gives into out["joint"]."""
+        if not names:
+            return
+        lead = inputs[names[0]].shape[:2]
+        for name in names:
+            if inputs[name].shape[:2] != lead:
+                raise UserError(
+                    f"the batch has {list(inputs[name].shape[:2])} items of {name} and {list(lead)} of {names[0]}; "
+                    "what is generated together must be as many"
+                )
+        flat = lambda x: None if x is None else x.reshape(-1, *x.shape[2:])
+        of = lambda field: {name: flat(out[name].get(field)) for name in names}
+        items = {name: flat(inputs[name]) for name in names}
+        decoders = {name: self.decoders[name] for name in names}
+        rng = self.make_rng("noise")
+        losses, seen = together.joint_losses(decoders, of("condition"), items, of("control"), rng=rng, train=train)
+        for name in names:
+            out[name]["losses"] = {term: loss.reshape(lead) for term, loss in losses[name].items()}
+        embeddings = {name: x.reshape(*lead, -1) for name, x in seen.items()}
+        out["joint"] = {"embeddings": embeddings, "scale": 1 / self.joint["temperature"]}
+
+    def _generate(self, name, hidden, lead, inputs, train, jointly=False):
+        """What `out` holds of the items [B, N, …] generated from hidden float[B·N, K, D], or from nothing (None).
+
+        jointly: their losses come later.
+        """
         predicted = None if hidden is None else self._project_out(name, hidden, train)
         if name not in generative(self):
             out = {"predicted": predicted.reshape(*lead, *predicted.shape[1:])}
@@ -296,9 +338,11 @@ class VFM(nn.Module):
                     f"{list(lead)} items of {name}"
                 )
             out["control"], more["control"] = control, control.reshape(-1, *control.shape[2:])
-        if items is not None and (self.has_rng("noise") or self.is_initializing()):
+        if items is not None and not jointly and (self.has_rng("noise") or self.is_initializing()):
             _, found = self.decoders[name](predicted, items.reshape(-1, *items.shape[2:]), **more, train=train)
             out["losses"] = {term: loss.reshape(lead) for term, loss in found["losses"].items()}
+            if "scales" in found:
+                out["scales"] = found["scales"].reshape(*lead, -1)
         return out
 
     def sample(self, name: str, out: Mapping[str, Any], *, rng: jax.Array, batch_size: int | None = None, **settings):
@@ -318,6 +362,25 @@ class VFM(nn.Module):
         lead = condition.shape[:2]
         items = self.decoders[name].sample(condition.reshape(-1, *condition.shape[2:]), rng=rng, **settings)
         return items.reshape(*lead, *items.shape[1:])
+
+    def sample_joint(self, out: Mapping[str, Any], *, rng: jax.Array, batch_size: int | None = None, **settings):
+        """Items {X: float[B, N, *item_shape]} of the modalities of `model.joint`, drawn together.
+
+        Arguments as in `sample`.
+        """
+        if self.joint is None:
+            raise UserError("VFM.sample_joint needs model.joint, which names the modalities that are drawn together")
+        names = self.joint["modalities"]
+        flat = lambda x: None if x is None else x.reshape(-1, *x.shape[2:])
+        given = {field: {n: out.get(n, {}).get(field) for n in names} for field in ("condition", "control")}
+        leads = {x.shape[:2] for found in given.values() for x in found.values() if x is not None}
+        if len(leads) > 1:
+            raise UserError(f"VFM.sample_joint: what is drawn together must be as many, not {sorted(leads)} items")
+        lead = leads.pop() if leads else (batch_size or 1, 1)
+        conditions, controls = ({n: flat(x) for n, x in found.items()} for found in given.values())
+        decoders = {name: self.decoders[name] for name in names}
+        items = together.joint_sample(decoders, conditions, controls, rng=rng, batch_size=math.prod(lead), **settings)
+        return {name: x.reshape(*lead, *x.shape[1:]) for name, x in items.items()}
 
     def discriminate(self, name: str, items: jax.Array, *, train: bool):
         """Logits of the discriminator of a modality for items float[B, N, *item_shape]: (float[B·N, …], its dict)."""
@@ -418,11 +481,12 @@ def build(cfg: Mapping[str, Any]) -> VFM:
     The projectors of the centre are left out, so that the centre can be changed by one field; not so in a model with an
     alignment and no backbone, where the centre has none but that of the pairs it is trained on. A model without a
     backbone has an alignment, or says backbone: None. `discriminators` {X: {name, **fields}} are for the objective
-    `adversarial`. Raises `UserError` for unknown names and fields, and for a chain
-    that does not fit, naming both blocks and both widths.
+    `adversarial`. `joint` {modalities, temperature, **fields of `Environment`}: diffusion decoders that draw their
+    items together. Raises `UserError` for unknown names and fields, and for a chain that does not fit, naming both
+    blocks and both widths.
     """
     cfg = dict(cfg)
-    alignment = cfg.pop("alignment", None)
+    alignment, joint = cfg.pop("alignment", None), cfg.pop("joint", None)
     alone = not cfg.get("backbone") and (alignment is not None or "backbone" in cfg)
     for field in () if alone else ("centre", "backbone"):
         if not cfg.get(field):
@@ -431,6 +495,11 @@ def build(cfg: Mapping[str, Any]) -> VFM:
     groups = {}
     for kind, table in _KINDS:
         blocks = dict(cfg.pop(kind, {}))
+        if kind == "decoders" and joint:
+            names, temperature, fields = together.parse(joint, blocks)
+            build_block({"environment": together.Environment}, {**fields, "name": "environment"}, "model.joint")
+            blocks |= {name: {**blocks[name], "environment": fields} for name in names}
+            joint = FrozenDict({"modalities": names, "temperature": temperature})
         if kind.endswith("projectors") and not alone:
             blocks.pop(centre, None)
         # Frozen, so that the model is hashable and can be a static argument of jit.
@@ -444,7 +513,7 @@ def build(cfg: Mapping[str, Any]) -> VFM:
     backbone = cfg.pop("backbone", None)
     backbone = None if alone else build_block(TABLES["backbone"], backbone, "model.backbone", dtype)
     if cfg:
-        known = ["centre", "dtype", "backbone", "alignment", *(k for k, _ in _KINDS)]
+        known = ["centre", "dtype", "backbone", "alignment", "joint", *(k for k, _ in _KINDS)]
         raise unknown("field", next(iter(cfg)), known, "model")
     model = VFM(
         centre,
@@ -455,8 +524,11 @@ def build(cfg: Mapping[str, Any]) -> VFM:
         groups["decoders"],
         None if alignment is None else _alignment(alignment),
         groups["discriminators"],
+        joint or None,
     )
     check(model)
+    if model.joint is not None:
+        together.check({name: model.decoders[name] for name in model.joint["modalities"]}, PROCESSES)
     return model
 
 

@@ -28,7 +28,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*attention/out/kernel", ("heads", "head_dim", "embed")),
     (r".*/(content|position|type)_bias", ("heads", "head_dim")),
     (r".*/type_embedding", ("tokens", "heads", "head_dim")),
-    (r".*/query_start", ("norm",)),
+    (r".*/(query_start|joint_gate)", ("norm",)),
     (r".*/experts_(up|gate)", ("expert", "embed", "mlp")),
     (r".*/experts_down", ("expert", "mlp", "embed")),
     (r".*/(router|classes|unpatch)/kernel", ("embed", "channels")),

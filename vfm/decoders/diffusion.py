@@ -3,14 +3,17 @@
 import math
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 
 from vfm.data.construct import construct
 from vfm.decoders.dit import DiT
+from vfm.decoders.joint import Environment
 from vfm.diffusion import Gaussian, guide
 from vfm.errors import UserError, unknown
 from vfm.flow_matching import Flow
@@ -35,6 +38,8 @@ class Diffusion(nn.Module):
         freeze `…/latent_(encoder|decoder)/.*` by config.optimizer.frozen, and load it by config.init
       control: {from: modality, channels: number}, items of another modality of the same height and width that say more
         about what is to be drawn (ControlNet, Zhang et al. 2023); set network.control_depth as well
+      environment: set by `model.joint`: the fields of `Environment`, of a decoder whose items are drawn together with
+        those of others
 
     out["losses"]: see `Gaussian.losses` and `Flow.losses`. `UserError` for fields that are unknown or do not fit.
     """
@@ -46,6 +51,7 @@ class Diffusion(nn.Module):
     value_range: tuple[float, float] = (0.0, 1.0)
     latent: Mapping | None = None
     control: Mapping | None = None
+    environment: Mapping | None = None
     num_tokens: int | None = None
     in_width: int | None = None
     dtype: str = "float32"
@@ -85,6 +91,10 @@ class Diffusion(nn.Module):
             self._check_latent(where)
         channels = self.inner_shape[-1] * (2 if self.dynamics.learned else 1)
         network = {**self.network, "out_channels": channels}
+        if self.environment is not None:
+            network["joint"] = True
+            patch = {"patch_size": network.get("patch_size", DiT.patch_size)}
+            self.environment_encoder = Environment(**{**patch, **self.environment}, dtype=self.dtype)
         self.denoiser = build_block(NETWORKS, network, f"{where}, network", self.dtype)
         self.unconditional = NullCondition()
 
@@ -143,13 +153,19 @@ class Diffusion(nn.Module):
             if not self.is_initializing():
                 return None, {}
             items = jnp.zeros((1 if condition is None else len(condition), *self.item_shape))
-        x = self._inside(items)
         rng, dropped = jax.random.split(self.make_rng("noise"))
-        share = self.condition_dropout if train else 0.0
-        if self.condition_dropout or condition is None:
-            condition = self.unconditional(condition, jax.random.bernoulli(dropped, share, x.shape[:1]))
+        x, condition = self.prepare(condition, items, dropped, train=train)
         denoise = lambda x, t: self.denoiser(x, t, condition, control=control, train=train)[0]
         return None, {"losses": self.dynamics.losses(denoise, x, rng)}
+
+    def prepare(self, condition, items, rng: jax.Array, *, train: bool):
+        """(items as the process has them float32[B, *inner_shape], condition), some rows of which lost theirs in
+        training."""
+        x = self._inside(items)
+        share = self.condition_dropout if train else 0.0
+        if self.condition_dropout or condition is None:
+            condition = self.unconditional(condition, jax.random.bernoulli(rng, share, x.shape[:1]))
+        return x, condition
 
     def sample(
         self, condition, *, rng: jax.Array, batch_size: int | None = None, control: jax.Array | None = None,
@@ -165,27 +181,40 @@ class Diffusion(nn.Module):
         if condition is None and batch_size is None:
             raise UserError("Diffusion.sample needs a condition or batch_size")
         B = batch_size if condition is None else len(condition)
-        denoise = self._denoiser(condition, B, guidance, control)
-        start, rng = jax.random.split(rng)
-        x = jax.random.normal(start, (B, *self.inner_shape))
+        denoise, x = self._denoiser(condition, B, guidance, control), self.noise(rng, B)
+        how = self.sampler_options(sampler, steps, eta, clip, spacing)
+        return self._outside(self.dynamics.sample(denoise, x, jax.random.split(rng)[1], **how))
+
+    def noise(self, rng: jax.Array, batch_size: int) -> jax.Array:
+        """Where a draw begins, float32[B, *inner_shape]."""
+        return jax.random.normal(jax.random.split(rng)[0], (batch_size, *self.inner_shape))
+
+    def sampler_options(self, sampler=None, steps=50, eta=0.0, clip=True, spacing="trailing") -> dict[str, Any]:
+        """Settings of `sample` as the process takes them."""
         how = {"steps": steps, "clip": 1.0 if clip and self.latent is None else None}
         how |= {} if sampler is None else {"sampler": sampler}
         if isinstance(self.dynamics, Gaussian):
             how |= {"eta": eta, "spacing": spacing}
         elif eta or spacing != "trailing":
             raise UserError("Diffusion.sample: eta and spacing are for a Gaussian process, not for a flow")
-        return self._outside(self.dynamics.sample(denoise, x, rng, **how))
+        return how
+
+    def make_observer(self):
+        """observe(x, t) -> float[B, S, D], the environment encoder, unbound as in `_denoiser`."""
+        encoder, variables = self.environment_encoder.unbind()
+        return lambda x, t: encoder.apply(variables, x, t, train=False)[0]
 
     def _denoiser(self, condition, B, guidance, control):
-        """denoise(x, t) for the samplers. The network is unbound, since they call it inside of `lax.scan`."""
+        """denoise(x, t, environment=None) for the samplers. The network is unbound, since they call it inside of
+        `lax.scan`."""
         null = self.unconditional(condition, jnp.ones(B, bool)) if self.condition_dropout or condition is None else None
         condition = null if condition is None else condition
         network, variables = self.denoiser.unbind()
-        run = lambda x, t, condition, control: network.apply(
-            variables, x, t, condition, control=control, train=False
+        run = lambda x, t, condition, control, environment: network.apply(
+            variables, x, t, condition, control=control, environment=environment, train=False
         )[0]  # fmt: skip
         if isinstance(guidance, int | float) and guidance == 1:
-            return lambda x, t: run(x, t, condition, control)
+            return lambda x, t, environment=None: run(x, t, condition, control, environment)
         if null is None or condition is None:
             raise UserError(
                 "Diffusion.sample: guidance needs a condition and a null condition, which condition_dropout > 0 trains"
@@ -193,19 +222,34 @@ class Diffusion(nn.Module):
         twice = lambda a: None if a is None else jnp.concatenate([a, a])
         both = jnp.concatenate([condition, null.astype(condition.dtype)])
 
-        def denoise(x, t):
-            given, free = jnp.split(run(twice(x), twice(t), both, twice(control)), 2)
+        def denoise(x, t, environment=None):
+            given, free = jnp.split(run(twice(x), twice(t), both, twice(control), twice(environment)), 2)
             C = x.shape[-1]  # a learned variance, behind these, is that under the condition
             return jnp.concatenate([guide(given[..., :C], free[..., :C], guidance), given[..., C:]], axis=-1)
 
         return denoise
+
+    @property
+    def has_likelihood(self) -> bool:
+        """Whether there is a bound on the likelihood of items: see `bits_per_dim`."""
+        return self.latent is None and PROCESSES.get(self.process.get("name")) is Gaussian
+
+    def check_levels(self, items: np.ndarray) -> None:
+        """Refuses items with numbers that are none of process.levels values, evenly spaced over value_range."""
+        (low, high), levels = self.value_range, self.process.get("levels", Gaussian.levels)
+        place = (np.asarray(items, np.float64) - low) / (high - low) * (levels - 1)
+        if np.abs(place - place.round()).max(initial=0.0) > 1e-3:
+            raise UserError(
+                f"model.decoders: diffusion: bits per dimension need items with process.levels={levels} values, evenly "
+                f"spaced from {low:g} to {high:g}; the data have others"
+            )
 
     def bits_per_dim(self, condition, items, *, rng: jax.Array, control: jax.Array | None = None) -> jax.Array:
         """Bound on -log2 p(item | condition) per dimension, float32[B]; see `Gaussian.bits_per_dim`.
 
         The items must have process.levels values, evenly spaced over value_range.
         """
-        if self.latent is not None or not isinstance(self.dynamics, Gaussian):
+        if not self.has_likelihood:
             raise UserError("bits per dimension are bounded for a Gaussian process on the items themselves alone")
         denoise = self._denoiser(condition, len(items), 1.0, control)
         return self.dynamics.bits_per_dim(denoise, self._inside(items), rng)[0]

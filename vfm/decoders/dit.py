@@ -35,6 +35,8 @@ class DiT(nn.Module):
       control_depth: the first blocks have trainable copies, which read a control float[B, H', W', C''] as well, and
         what they give is added to the blocks' by layers that start as zero (ControlNet, Zhang et al. 2023). The grid of
         patches must divide H' and W'. Without a control the copies do nothing
+      joint: the blocks attend to an environment float[B, S, W], too, what others draw at the same time (see
+        `vfm.decoders.joint`); it changes nothing before training, and may be missing
       activation, norm_epsilon, dropout, remat: see `BlockFields`
 
     `condition_mask`: bool[B, P], False at tokens that do not count. out["layers"]: float[L, B, T, D]. A side that the
@@ -52,6 +54,7 @@ class DiT(nn.Module):
     embedders: str = "shared"
     base_grid: tuple[int, int] | None = None
     control_depth: int | None = None
+    joint: bool = False
     activation: str = "gelu_tanh"
     norm_epsilon: float = 1e-6
     dropout: float = 0.0
@@ -63,7 +66,7 @@ class DiT(nn.Module):
         return self.conditioning in ("adaln_zero", "adaln")
 
     @nn.compact
-    def __call__(self, x, t, condition=None, *, condition_mask=None, control=None, train: bool):
+    def __call__(self, x, t, condition=None, *, condition_mask=None, control=None, environment=None, train: bool):
         self._check(x, control)
         B, H, W, C = x.shape
         patch, channels = self.patch_size, self.out_channels or C
@@ -78,7 +81,8 @@ class DiT(nn.Module):
         if control is not None:
             sides = tuple(side // cells for side, cells in zip(control.shape[1:3], grid))
             call["added"] = self._control(x, self._patches("control_patch", control, sides), call, train)
-        x, out = self._stack("transformer", self.depth)(x, **call, train=train)
+        stack = self._stack("transformer", self.depth, joint=self.joint)
+        x, out = stack(x, **call, environment=environment, train=train)
         x = x[:, -grid[0] * grid[1] :]
         x = self._dense("unpatch", patch * patch * channels, kernel_init=nn.initializers.zeros)(x)
         x = x.reshape(B, *grid, patch, patch, channels).transpose(0, 1, 3, 2, 4, 5)

@@ -39,7 +39,7 @@ class BlockFields(nn.Module):
         (Vaswani et al. 2017; BERT, BART, GPT-1); "branch": x + norm(f(x)) (OLMo 2); "sandwich": x + norm(f(norm(x)))
         (Gemma 2). A stack ends with a norm, unless "post".
       arrangement: "sequential": attention, then MLP. "parallel": x + attention(norm(x)) + mlp(norm'(x)) (GPT-NeoX),
-        "parallel_one_norm": both read the same norm (GPT-J, PaLM). "attention_only": without the MLP (Elhage et al. 2021)
+        "parallel_one_norm": both read the same norm (GPT-J, PaLM). "attention_only": without MLP (Elhage et al. 2021)
       activation, gated: see `MLP`
       use_bias: of all layers; qkv_bias, out_bias (attention), mlp_bias, norm_bias: None: as `use_bias`;
         key_bias: None: as qkv_bias (Whisper has none on the keys)
@@ -52,6 +52,8 @@ class BlockFields(nn.Module):
       modulated: set by decoders: a `condition` shifts and scales what attention and MLP read and gates what they add;
         all three start as zero, so that a block starts as the identity (adaLN-Zero, Peebles & Xie 2023). It takes the
         place of the norms' own scale and bias: `norm` is then "layernorm_fixed"
+      joint: set by decoders: an attention more, over an `environment`, whose gate starts as zero (CoDi, Tang et al.
+        2023)
       modulation_gates: without them a `condition` shifts and scales alone, and not from zero on (adaLN)
     """
 
@@ -86,6 +88,7 @@ class BlockFields(nn.Module):
     causal: bool = False
     modulated: bool = False
     modulation_gates: bool = True
+    joint: bool = False
     remat: str = "none"
     dtype: str = "float32"
 
@@ -112,12 +115,13 @@ class Block(BlockFields):
     """Transformer block: attention and MLP, each with a residual connection; float[B, T, D] -> float[B, T, D].
 
     With `cross` a second attention, over a context, stands between the two; a token that may see nothing of the context
-    passes by it. The call takes positional arguments only, the first of which is (x, cache of all layers or None), and
-    returns ((x, cache), out), as `nn.scan` wants. `layer` holds what differs from layer to layer: number (int32[], its
-    place in the cache), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits),
-    added (float[B, T, D], to what the block gives), condition (its own, if `modulated`). `shared` holds the rest: mask,
+    passes by it. With `joint` another one follows, over an environment; without an environment it is left out. The
+    call takes positional arguments only, the first of which is (x, cache of all layers or None), and returns
+    ((x, cache), out), as `nn.scan` wants. `layer` holds what differs from layer to layer: number (int32[], its place in
+    the cache), local (bool[]: this layer's attention is the local one), scale (float32[], of the logits), added
+    (float[B, T, D], to what the block gives), condition (its own, if `modulated`). `shared` holds the rest: mask,
     bias, table and context, context_mask; local_mask and local_table for local layers; taps of a convolution;
-    condition, if `modulated`.
+    condition, if `modulated`; environment, float[B, S, D'].
     """
 
     @nn.compact
@@ -232,6 +236,10 @@ class Block(BlockFields):
                 if "context_mask" in shared:  # without any key attention gives the mean of the masked values
                     y = jnp.where(shared["context_mask"].any(axis=-1)[:, 0, :, None], y, x)
                 x = y
+            if self.joint and "environment" in shared:
+                y, _ = attention("joint_attention", cross=True)(enter("joint", x), shared["environment"])
+                gate = self.param("joint_gate", nn.initializers.zeros, (x.shape[-1],))
+                x = leave("joint", x + branch("joint", y * gate[None, None].astype(y.dtype)))
             if self.arrangement != "attention_only":
                 x = leave("mlp", x + branch("mlp", mlp(enter("mlp", x))))
         x = x + layer["added"] if "added" in layer else x
@@ -264,6 +272,7 @@ class Transformer(BlockFields):
         taps=None,
         context=None,
         context_mask=None,
+        environment=None,
         condition=None,
         conditions=None,
         added=None,
@@ -298,6 +307,7 @@ class Transformer(BlockFields):
             "taps": taps,
             "context": context,
             "context_mask": context_mask,
+            "environment": environment,
             "condition": condition,
         }
         present = lambda arguments: {name: value for name, value in arguments.items() if value is not None}

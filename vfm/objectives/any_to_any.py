@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from vfm import metrics
 from vfm.objectives import Aux
-from vfm.objectives.generation import generation_terms
+from vfm.objectives.generation import WHOLE_BATCH, generation_terms
 from vfm.objectives.next_token import apply, cross_entropy
 
 
@@ -45,6 +45,8 @@ def any_to_any(
                 terms[f"reconstruction_{name}"] = (reconstruction, *squared_error(found["reconstructed"], items, shown))
         return terms | generation_terms(out, batch, generation, {}), Aux(measured, variables)
 
+    if model.joint is not None:
+        loss_fn.whole_batch = WHOLE_BATCH
     return loss_fn
 
 
