@@ -202,7 +202,7 @@ def _by_law(experiment, found, laws: scaling_laws.Laws, speed, si, size) -> tupl
 def _row(name: str, value, numbers: dict, key: str, note: str = "") -> tuple[str, str, str]:
     """A row of an Estimate or a Prediction, and its numbers; none of what is not identified."""
     if value.reason:
-        return name, "not identified", value.reason + note
+        return name, "not identified", value.reason
     numbers |= {key: value.value, f"{key}_low": value.low, f"{key}_high": value.high}
     return name, f"{value.value:.4g}", f"{value.low:.4g} to {value.high:.4g}{note}"
 
@@ -264,7 +264,7 @@ def _far(beyond: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as text with a fitting unit."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * size:
+    for unit, size, least in (("days", 86400, 2), ("h", 3600, 2), ("min", 60, 2), ("s", 1, 1), ("ms", 1e-3, 1)):
+        if seconds >= least * size:
             return f"{seconds / size:,.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:,.0f} {unit}"
-    return f"{1000 * seconds:.3g} ms"
+    return f"{1e6 * seconds:.3g} µs"

@@ -187,12 +187,12 @@ def compute_optimal(law: Fit, budget: float, *, flops: float = FLOPS) -> Optimum
     drawn, drawn_a = _split(law, law.draws, product)
     reason = next((law.reasons[name] for name in law.reasons if name != "E"), "")
     estimate = lambda value, values: Estimate(float(value), *interval(values, law.level), reason)
-    n, d = np.exp(log_n), np.exp(product - log_n)
+    n, d = _exp(log_n), _exp(product - log_n)
     done = flops * law.x.prod(-1)
     return Optimum(
         budget=float(budget),
-        n=estimate(n, np.exp(drawn)),
-        d=estimate(d, np.exp(product - drawn)),
+        n=estimate(n, _exp(drawn)),
+        d=estimate(d, _exp(product - drawn)),
         loss=law.predict({"N": n, "D": d}),
         a=estimate(a, drawn_a),
         b=estimate(1 - a, 1 - drawn_a),
@@ -207,9 +207,14 @@ def compute_optimal_tokens(law: Fit, n: float) -> Estimate:
 
     def tokens(theta):
         ratio, alpha, beta = _balance(law, theta)
-        return np.exp((alpha * np.log(n) - ratio) / beta)
+        return _exp((alpha * np.log(n) - ratio) / beta)
 
     return Estimate(float(tokens(law.theta)), *interval(tokens(law.draws), law.level), reason)
+
+
+def _exp(x):
+    """exp of what may be far off where an exponent is not identified, kept finite."""
+    return np.exp(np.clip(x, -300, 300))
 
 
 def _split(law: Fit, theta, product):

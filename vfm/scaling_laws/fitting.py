@@ -105,7 +105,8 @@ class Fit:
         scatter = self.noise * rng.standard_t(max(len(self.loss) - len(self.theta), 1), len(draws))
         factors = np.maximum(point[0] / self.x.max(0), self.x.min(0) / point[0])
         beyond = float(max(factors.max(), 1.0))
-        reason = "" if beyond <= 1 else next(filter(None, self.reasons.values()), "")
+        lost = next((reason for name, reason in self.reasons.items() if name != "E"), "")
+        reason = lost if beyond > 1 else ""
         wide = interval(draws * np.exp(scatter), self.level)
         return Prediction(float(value), *interval(draws, self.level), *wide, beyond, reason)
 
@@ -350,6 +351,8 @@ def _unpinned(name: str, low: float, high: float) -> str:
     if low <= 0 <= high:
         return f"{name} is not told from 0: {low:.3g} to {high:.3g}"
     near, far = sorted((abs(low), abs(high)))
+    if name != "rate" and far <= 1.01 * EXPONENTS[0]:
+        return f"{name} is at the least that is allowed, {near:.3g}"
     if name != "rate" and (near <= 1.01 * EXPONENTS[0] or far >= 0.99 * EXPONENTS[1]):
         return f"{name} may be anything from {near:.3g} to {far:.3g}"
     return f"{name} may be anything from {near:.3g} to {far:.3g}" if far > WIDEST * near else ""
