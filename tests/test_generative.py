@@ -39,7 +39,10 @@ class Noisy(nn.Module):
         if items is None:
             return None, {}
         noise = jax.random.normal(self.make_rng("noise"), items.shape)
-        return None, {"losses": {"square": jnp.square(mean + noise - items).mean(axis=(1, 2, 3))}}
+        square = jnp.square(mean + noise - items)
+        halves = jnp.split(square, 2, axis=1)
+        scales = jnp.stack([half.mean(axis=(1, 2, 3)) for half in halves], axis=1)
+        return None, {"losses": {"square": square.mean(axis=(1, 2, 3))}, "scales": scales}
 
     def sample(self, condition, *, rng, batch_size=None, scale=1.0):
         mean = self._mean(condition, batch_size)
@@ -141,6 +144,20 @@ def test_hidden_states_of_the_signals_are_the_condition(tables):
         batch = {"inputs": {"image": images(2, 1)}, "targets": tokens, "loss_mask": jnp.ones((2, 8)), **more}
         terms, _ = loss_fn(variables["params"], {}, batch, jax.random.key(5), train=True)
         assert terms["generation_image_square"][2] == count  # the second row generates none
+
+
+def test_losses_by_scale_are_metrics_of_the_same_items(tables):
+    cfg = {"centre": "source", "backbone": None, "encoders": {"source": VIT}, "decoders": {"image": {"name": "noisy"}}}
+    inputs = {"source": images(2, 1), "image": images(2, 1) + 1}
+    model, variables, _ = run(cfg, inputs)
+    batch = {"inputs": inputs, "example_mask": jnp.array([1.0, 0.0])}
+    loss_fn = objectives.build({"name": "generation"}, model)
+    terms, aux = loss_fn(variables["params"], {}, batch, jax.random.key(5), train=True)
+    _, total, count = terms["generation_image_square"]
+    scales = [aux.metrics[f"generation_image_scale_{s}"] for s in range(2)]
+    assert len(aux.metrics) == 2 and count == 1 and [n for _, n in scales] == [1, 1]
+    assert float(scales[0][0] + scales[1][0]) / 2 == pytest.approx(float(total), rel=1e-5)
+    assert float(scales[0][0]) != pytest.approx(float(scales[1][0]), rel=1e-3)
 
 
 def test_any_number_of_features_needs_a_number_of_slots(tables):

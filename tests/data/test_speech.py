@@ -68,6 +68,16 @@ def test_a_tone_is_a_line_whose_brightness_is_its_level():
     np.testing.assert_allclose(image[20:28].max(axis=1), 1, atol=0.01)
 
 
+def test_a_picture_of_a_sound_can_be_heard():
+    """The picture of the sound that is made of a picture is that picture again, nearly."""
+    source = Spectrograms("test", {"name": "speech", "sizes": {"test": 2}})
+    image = source[0]["image"]
+    sound = source.sound(image)
+    assert sound.shape == (32 * 150,) and np.abs(sound).max() == pytest.approx(1)
+    away = lambda other: np.abs(source._image(np.asarray(other, np.float64)) - image).mean()
+    assert away(sound) < 0.04 < 0.08 < away(sound[::-1])
+
+
 @pytest.mark.slow
 def test_a_classifier_understands_the_words():
     train, test = (

@@ -145,6 +145,14 @@ def test_other_prompts_and_an_objective_over_all_tokens(params):
     assert "answer_edit_distance" not in plain and found.samples == {}
 
 
+def test_questions_of_another_split_as_a_prompt(params):
+    asked = {"prompts": {"other": {"split": "validation"}}, "generate": False}
+    found = answers(Experiment(config(**{"eval.answers": asked})), params, {}, "test", None).metrics
+    theirs = answers(Experiment(config(**{"eval.answers": {"generate": False}})), params, {}, "validation", None)
+    assert {f"other_{name}": value for name, value in theirs.metrics.items()}.items() <= found.items()
+    assert found["other_answer_log_likelihood"] != found["answer_log_likelihood"]
+
+
 def test_final():
     assert final_of("1>2> 3 ", ">") == "3"
     assert final_of("12", ">") == final_of("12", "") == "12"

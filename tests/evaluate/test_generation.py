@@ -1,13 +1,15 @@
 """The evaluator of what models draw."""
 
+import jax
 import numpy as np
 import pytest
 
 from tests import tiny
 from tests.evaluate.autoencoders import build, config
+from vfm.data.image import Digits
 from vfm.errors import UserError
 from vfm.evaluate import generation as evaluator
-from vfm.evaluate.generation import _draw
+from vfm.evaluate.generation import _bits_per_dim, _draw
 
 HERE = "tests.evaluate.autoencoders"
 
@@ -46,6 +48,45 @@ def test_settings_reach_the_sampler_and_are_seen_in_every_metric():
     _, rows = found.samples["sample_image"]
     assert [row[0] for row in rows] == [("text", str(k)) for k in range(10)]
     assert all(1 < len(row) <= 9 and row[1][1].max() < 0.1 for row in rows)
+
+
+def diffusing(levels, **settings):
+    network = {"name": "dit", "width": 8, "depth": 1, "num_heads": 1, "mlp_dim": 8, "frequencies": 4}
+    process = {"name": "gaussian", "timesteps": 3, "levels": levels}
+    decoder = {"name": "diffusion", "item_shape": (8, 8, 1), "network": network, "process": process}
+    label = {"name": "label", "num_classes": 10, "width": 8}
+    c = config(decoder=decoder, generation={"steps": 1, **settings})
+    with c.unlocked():
+        c.model.update(encoders={"label": label}, centre="label")
+    return build(c)
+
+
+def test_bits_per_dimension_are_the_decoders_bound_over_real_items():
+    experiment = diffusing(17, bits=40)
+    state = experiment.init_state()
+    weights = {"params": state.params, **state.variables}
+    found = _bits_per_dim(experiment, weights, 0, "image", None, "test", 40)
+    digits = Digits("test")
+
+    @jax.jit
+    def bound(label, items, key):
+        of = lambda m: m.decoders["image"].bits_per_dim(m.encoders["label"](label, train=False)[0], items, rng=key)
+        return experiment.model.apply(weights, method=of)
+
+    bits = []
+    for i in range(2):  # the second batch has 8 rows that are real
+        rows = np.arange(32 * i, 32 * i + 32)
+        bits.append(bound(digits.labels[rows], digits.images[rows], jax.random.fold_in(jax.random.key(0), i)))
+    expected = np.concatenate([bits[0], bits[1][:8]]).mean()
+    assert found == pytest.approx(expected, rel=1e-5) and expected > 0.1
+
+
+def test_bits_are_of_items_with_the_levels_of_the_process():
+    experiment = diffusing(16, bits=8)
+    with pytest.raises(UserError, match="process.levels=16 values, evenly spaced from 0 to 1; the data have others"):
+        evaluated(experiment)
+    with pytest.raises(UserError, match="bits=8 needs a decoder that bounds the likelihood"):
+        copies(bits=8)
 
 
 @pytest.mark.parametrize("bottleneck", ["none", {"name": "vq", "codebook_size": 8, "codebook_init": "normal"}])

@@ -1,6 +1,7 @@
 """The evaluator of autoencoders, against what its numbers mean."""
 
 import functools
+import types
 
 import jax
 import numpy as np
@@ -12,7 +13,16 @@ from vfm.data.image import Digits
 from vfm.errors import UserError
 from vfm.evaluate import reconstruction as evaluator
 from vfm.evaluate import spaces
-from vfm.evaluate.reconstruction import active_units, codes, decoder, nearest_codes, reader, warn_of_collapse
+from vfm.evaluate.reconstruction import (
+    Read,
+    _sounds,
+    active_units,
+    codes,
+    decoder,
+    nearest_codes,
+    reader,
+    warn_of_collapse,
+)
 from vfm.train.checkpoint import Checkpointer
 from vfm.workdir import prepare
 
@@ -44,6 +54,7 @@ def test_metrics_are_those_of_every_item_once():
     assert metrics["reconstruction_image_mse"] == pytest.approx(np.square(items - back).mean(), rel=1e-5)
     assert metrics["active_units_image"] == (np.asarray(out["mean"]).var(axis=0) > 0.01).sum()
     assert metrics["latent_floats_image"] == 4 * 2
+    assert metrics["latent_std_image"] == pytest.approx(np.asarray(latents).std(), rel=1e-4)
     assert metrics["judge_image_accuracy"] > 0.9 > metrics["reconstruction_image_agreement"]
     assert metrics["reconstruction_image_ssim"] < 0.5 and metrics["reconstruction_image_frechet"] > 1
     assert metrics["probe_image"] == metrics["probe_random_image"]  # this model is the untrained one
@@ -54,6 +65,35 @@ def test_metrics_are_those_of_every_item_once():
     # A way begins at one item and ends at the next.
     np.testing.assert_allclose(ways[1][1][1], np.clip(back[2], 0, 1), atol=1e-5)
     np.testing.assert_allclose(ways[1][7][1], np.clip(back[3], 0, 1), atol=1e-5)
+
+
+def test_every_batch_of_a_split_has_a_number():
+    experiment = build(config())
+    numbers, measured = [], {"loss": (1.0, 1.0)}
+    experiment.eval_step = lambda params, variables, batch, number: numbers.append(number) or (measured, {"loss": 1.0})
+    experiment.evaluate_loss({}, {}, "test", 80)
+    assert numbers == [0, 1, 2]
+
+
+class Tones:
+    """A source whose pictures are heard as a constant: their mean."""
+
+    sample_rate = 50
+
+    def sound(self, item):
+        return np.full(100, item.mean(), np.float32)
+
+
+def test_pictures_of_sounds_are_heard_beside_their_reconstructions():
+    items = np.arange(3.0).reshape(3, 1, 1, 1) * np.ones((1, 2, 2, 1))
+    read = Read(items, None, 10 * items, None, None, None)
+    dataset = types.SimpleNamespace(source=Tones())
+    _, rows = _sounds(dataset, "image", read, 2)["sounds_image"]
+    assert rows[0] == [("text", "item"), ("text", "given back")] and len(rows) == 3
+    (kind, item, rate), (_, back, _) = rows[2]
+    assert kind == "audio" and rate == 50 and item.max() == 1 and back.max() == 10
+    dataset.source = Digits("test")
+    assert _sounds(dataset, "image", read, 2) == {}
 
 
 def test_codes_are_counted_over_the_split_and_latents_snap_to_them():

@@ -159,6 +159,15 @@ def test_evaluation_has_no_randomness_and_reports_the_whole_loss():
     assert step.total_loss({"a": (6.0, 3.0), "b": (0.0, 0.0)}, {"a": 2.0, "b": 5.0}) == 4
 
 
+def test_evaluation_draws_other_noise_for_every_batch_and_the_same_every_time():
+    def noisy(params, variables, batch, rng, *, train):
+        return {"noise": (1.0, jax.random.normal(rng), jnp.ones(()))}, objectives.Aux({}, variables)
+
+    evaluate = jax.jit(step.make_eval_step(noisy))
+    draws = [float(evaluate({}, {}, {}, number)[0]["noise"][0]) for number in (0, 1, 2, 0, 1, 2)]
+    assert draws[:3] == draws[3:] and len(set(draws)) == 3
+
+
 @pytest.mark.parametrize("name", ["any_to_any", "next_token"])
 def test_one_batch_can_be_learnt_by_heart(name):
     """The other objectives: tests/objectives/test_pretraining.py."""

@@ -1,6 +1,7 @@
 """Words of the ten digits, spoken by a small synthesiser: a source of speech that needs no recordings."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -179,7 +180,7 @@ class Spectrograms:
         self.source = build_source(source, split)
         self.labels = getattr(self.source, "labels", None)
         self.class_names = getattr(self.source, "class_names", ())
-        self.n_fft, self.hop, self.range_db = n_fft, hop, range_db
+        self.sample_rate, self.n_fft, self.hop, self.range_db = sample_rate, n_fft, hop, range_db
         self.filters = mel_filterbank(n_mels, n_fft, sample_rate)
         self.window = np.hanning(n_fft + 1)[:-1]
         self._cache: dict[int, np.ndarray] = {}
@@ -195,6 +196,28 @@ class Spectrograms:
             self._cache[index] = self._image(np.asarray(record["audio"], np.float64))
         found = {"image": self._cache[index]}
         return found if self.labels is None else found | {"label": int(self.labels[index])}
+
+    def sound(self, image: np.ndarray) -> np.ndarray:
+        """A sound float32[frames · hop] with such a spectrogram, as far as there is one: phases, and what the mel bands
+        do not tell apart, are made up (see `griffin_lim`). Its highest amplitude is 1."""
+        audio = np.asarray(self._invert(np.clip(image[None, ..., 0], 0, 1).astype(np.float32)))[0]
+        return audio / max(float(np.abs(audio).max()), 1e-12)
+
+    @functools.cached_property
+    def _invert(self) -> Callable:
+        import jax
+        import jax.numpy as jnp
+
+        from vfm.layers.griffin_lim import griffin_lim, mel_to_power
+
+        @jax.jit
+        def invert(levels):
+            mel = 10.0 ** ((levels - 1) * self.range_db / 10)
+            mel = jnp.concatenate([mel, mel[:, -1:]], axis=1)  # a frame for the incomplete one
+            magnitude = jnp.sqrt(mel_to_power(mel, self.filters))
+            return griffin_lim(magnitude, hop=self.hop, rng=jax.random.key(0), edges="constant")[0]
+
+        return invert
 
     def _image(self, audio: np.ndarray) -> np.ndarray:
         padded = np.pad(audio, self.n_fft // 2)

@@ -22,6 +22,7 @@ from vfm.model import INPUTS
 
 log = logging.getLogger(__name__)
 OPTIONS: dict[str, Any] = {"generate": True, "marker": "", "prompts": {}}
+PROMPT = ("split", "shots", "separator", "shots_source", "shots_split", "shots_tasks", "length")
 SAMPLES = 8
 _KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()  # data sets of an experiment
 
@@ -35,8 +36,8 @@ def check_answers(experiment) -> None:
         raise UserError("the evaluator 'answers' needs a decoder-only backbone")
     for name, changes in plain(chosen["prompts"]).items():
         for field in changes:
-            if field not in (known := ("shots", "separator", "shots_source", "shots_split", "shots_tasks", "length")):
-                raise unknown("field", field, known, f"config.eval.answers.prompts.{name}")
+            if field not in PROMPT:
+                raise unknown("field", field, PROMPT, f"config.eval.answers.prompts.{name}")
         if changes.get("length", 1) > experiment.model.backbone.max_len:
             raise UserError(
                 f"config.eval.answers.prompts.{name}.length={changes['length']} is longer than "
@@ -61,7 +62,8 @@ def answers(experiment, params, variables, split: str, limit: int | None) -> Eva
 
     Options in config.eval.answers: generate; marker: what is compared with `final` is the text behind the last marker
     of an answer (without one, all of it); prompts: {NAME: fields of the data set `questions`}, other ways to ask the
-    same questions, such as {"few_shot": {"shots": 4, "length": 96}}; their metrics begin with NAME_.
+    same questions, such as {"few_shot": {"shots": 4, "length": 96}}, or those of another split, {"split": SPLIT}; their
+    metrics begin with NAME_.
     """
     chosen = options(experiment, "answers", OPTIONS)
     found, samples = {}, {}
@@ -125,6 +127,8 @@ def _dataset(experiment, split: str, changes: Mapping) -> Questions:
     """The questions of a split, whatever the objective predicts of them, with other fields; kept for the next time."""
     own = ("length", "workers", "skip_corrupt", "dir")  # fields of the run, not of the data set
     fields = {key: value for key, value in plain(experiment.config.data).items() if key not in own}
+    split = changes.get("split", split)
+    changes = {name: value for name, value in changes.items() if name != "split"}
     if not changes and fields.get("loss", "answer") == "answer":
         return experiment.dataset(split)
     kept = _KEPT.setdefault(experiment, {})

@@ -16,7 +16,7 @@ from vfm.evaluate.reconstruction import decoder, nearest_codes, reader
 from vfm.model import INPUTS
 from vfm.wiring import autoencoded, generative, labels
 
-OPTIONS = {"features": "pixels", "neighbours": 3, "density": "", "components": 10, "shown": 8, "seed": 0}
+OPTIONS = {"features": "pixels", "neighbours": 3, "density": "", "components": 10, "shown": 8, "seed": 0, "bits": 0}
 DENSITIES = ("", "prior", "gaussian", "mixture")
 GIVEN = ("self", "condition", "rng", "batch_size")  # arguments of `sample` that no config sets
 WHERE = "config.eval.generation"
@@ -80,6 +80,15 @@ def check_generation(experiment) -> None:
         )
     for _, name, _ in wanted:
         spaces.check_space(experiment, name, own["features"], f"{WHERE}.features")
+    if own["bits"] and not any(_has_likelihood(experiment.model, name) for _, name, _ in wanted):
+        raise UserError(
+            f"{WHERE}.bits={own['bits']} needs a decoder that bounds the likelihood of items: 'diffusion' with a "
+            "Gaussian process on the items themselves"
+        )
+
+
+def _has_likelihood(model, name: str) -> bool:
+    return getattr(model.decoders[name], "has_likelihood", False)
 
 
 def generation(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
@@ -91,6 +100,8 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
       sample_{X}_agreement   the share of drawn items that a classifier, fitted on real training items alone, takes for
                              the class that was asked for; judge_{X}_accuracy: its own on the split
       sample_{X}_seconds     per item, without compilation
+      sample_{X}_bits_per_dim   with `bits`: the bound on -log2 of the probability of the real items, per number in
+                             them, under their conditions (Ho et al. 2020, eq. 5)
 
     With a backbone the name is {inputs}_to_{X}_… for every task of the data that ends in a modality with a decoder, be
     it generative or not. An autoencoder without a backbone draws latents from a density: "prior", the standard normal
@@ -99,8 +110,9 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
     there is one, else the mixture. Latents of a codebook are moved to their nearest codes.
 
     Options in config.eval.generation: features ("pixels", "judge", or the folder of a run), neighbours (k of precision
-    and recall), density, components, shown (items of a class in the report), seed; and the settings of the decoder's
-    `sample`, such as steps, guidance, temperature.
+    and recall), density, components, shown (items of a class in the report), seed, bits (rows for the bound, which
+    takes as many passes as the process has steps; 0: none); and the settings of the decoder's `sample`, such as steps,
+    guidance, temperature.
     """
     own, settings = _options(experiment)
     weights = {"params": params, **variables}
@@ -119,6 +131,9 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
         if judge is not None and drawn.labels is not None:
             measured[f"{prefix}_agreement"] = judge.accuracy(drawn.items, drawn.labels)
             measured[f"judge_{name}_accuracy"] = judge.accuracy(drawn.real, drawn.labels)
+        if own["bits"] and _has_likelihood(experiment.model, name):
+            bits = _bits_per_dim(experiment, weights, own["seed"], name, task, split, fewest(limit, own["bits"]))
+            measured[f"{prefix}_bits_per_dim"] = bits
         caption = f"{task or name}: items that were drawn" + ("" if drawn.labels is None else ", by class")
         samples[prefix] = (caption, _rows(experiment, name, drawn, own["shown"]))
     return Evaluation(measured, samples)
@@ -175,6 +190,30 @@ def _from_conditions(experiment, weights, own, settings, name, task, split, limi
         if conditioned and "label" in host:
             found.append(host["label"].reshape(len(rows), -1)[rows, -1])
     return Drawn(np.concatenate(items), np.concatenate(real), np.concatenate(found) if found else None, seconds)
+
+
+def _bits_per_dim(experiment, weights, seed: int, name: str, task: str | None, split: str, rows: int) -> float:
+    """The mean bound over the real items of the split under what the model is given with them."""
+    model = experiment.model
+    truth = experiment.dataset(split, **({} if task is None else {"task": task}))
+    asked = truth if task is None else experiment.dataset(split, task=task, answer=False)
+
+    @experiment.jit
+    def bound(weights, batch, items, key):
+        out = model.apply(weights, **{x: batch[x] for x in INPUTS if x in batch}, train=False)[1].get(name, {})
+        flat = lambda x: None if x is None else x[:, -1]
+        given = {"control": flat(out.get("control")), "rng": key}
+        method = lambda m: m.decoders[name].bits_per_dim(flat(out.get("condition")), items, **given)
+        return model.apply(weights, method=method)
+
+    found, key = [], jax.random.key(seed)
+    batches = zip(experiment.eval_batches(asked, rows), experiment.eval_batches(truth, rows), strict=True)
+    for i, ((host, batch), (full, true)) in enumerate(batches):
+        real = host["example_mask"] > 0
+        model.decoders[name].check_levels(full["inputs"][name][real, -1])
+        bits = bound(weights, batch, true["inputs"][name][:, -1], jax.random.fold_in(key, i))
+        found.append(experiment.fetch(bits)[real])
+    return float(np.concatenate(found).mean(dtype=np.float64))
 
 
 def _from_density(experiment, weights, own, name, split, limit) -> Drawn:

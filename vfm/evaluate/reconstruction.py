@@ -12,7 +12,7 @@ from vfm.evaluate.probe import compare, principal
 from vfm.layers import bottleneck
 from vfm.wiring import autoencoded
 
-OPTIONS = {"features": "pixels", "probe_examples": 0, "shown": 8, "interpolations": 4}
+OPTIONS = {"features": "pixels", "probe_examples": 0, "shown": 8, "interpolations": 4, "sounds": 4}
 ACTIVE = 0.01  # variance of the posterior mean over the data, from which a latent counts as active
 COLLAPSED = 0.2  # share of the codes in use, below which a codebook counts as collapsed
 WHERE = "config.eval.reconstruction"
@@ -47,6 +47,9 @@ def reconstruction(experiment, params, variables, split: str, limit: int | None)
       reconstruction_{X}_frechet             between the items and their reconstructions, in the features chosen
       reconstruction_{X}_agreement           with the features of the judge: the share of reconstructions that it takes
                                              for their class; judge_{X}_accuracy: of the items themselves
+      latent_std_{X}                         standard deviation of all numbers in the latents; 1 over it brings them to
+                                             the scale of the noise that a diffusion decoder adds to them (its field
+                                             latent.scale; Rombach et al. 2022, appendix G)
       active_units_{X}, latent_floats_{X}    of a Gaussian posterior: latents whose mean has a variance over the data
                                              above 0.01 (Burda et al. 2016, section 5.2); numbers in the latents
       codebook_usage_{X}, codebook_perplexity_{X}   the share of codes in use over the split, and exp of the entropy of
@@ -57,7 +60,8 @@ def reconstruction(experiment, params, variables, split: str, limit: int | None)
 
     Options in config.eval.reconstruction: features ("pixels", "judge", or the folder of a run, see `spaces.space`),
     probe_examples (of the training split; 0: no probes), shown (items in the report), interpolations (rows there: the
-    decoder between the latents of two items). A codebook of which less than a fifth is in use is told in a warning.
+    decoder between the latents of two items), sounds (items there that are heard as well, where they are pictures of
+    sounds). A codebook of which less than a fifth is in use is told in a warning.
     """
     chosen = options(experiment, "reconstruction", OPTIONS)
     weights, measured, samples = {"params": params, **variables}, {}, {}
@@ -69,6 +73,7 @@ def reconstruction(experiment, params, variables, split: str, limit: int | None)
         measured |= _distances(experiment, chosen["features"], name, test)
         measured |= _latents(experiment, name, test)
         samples |= _samples(experiment, weights, chosen, name, test)
+        samples |= _sounds(experiment.dataset(split), name, test, min(chosen["sounds"], len(test.items)))
     return Evaluation(measured, samples)
 
 
@@ -174,6 +179,7 @@ def _distances(experiment, features: str, name: str, test: Read) -> dict[str, fl
 
 def _latents(experiment, name: str, test: Read) -> dict[str, float]:
     found: dict[str, float] = {f"latent_floats_{name}": float(np.prod(test.latents.shape[1:]))}
+    found[f"latent_std_{name}"] = float(test.latents.std(dtype=np.float64))
     if test.mean is not None:
         found[f"active_units_{name}"] = float(active_units(test.mean))
     if test.codes is not None:
@@ -238,3 +244,14 @@ def _samples(experiment, weights, chosen: Mapping[str, Any], name: str, test: Re
         rows = [row("", drawn[i]) for i in range(pairs)]
         found[f"interpolation_{name}"] = (f"{name}: the decoder on the straight line between two latents", rows)
     return found
+
+
+def _sounds(dataset, name: str, test: Read, count: int) -> dict:
+    """Items beside their reconstructions as sounds, if their source says how a picture of its modality sounds."""
+    source = getattr(dataset, "source", None)
+    if not count or name != "image" or not hasattr(source, "sound"):
+        return {}
+    heard = lambda item: ("audio", source.sound(item), source.sample_rate)
+    rows = [[("text", "item"), ("text", "given back")]]
+    rows += [[heard(item), heard(back)] for item, back in zip(test.items[:count], test.reconstructed[:count])]
+    return {f"sounds_{name}": (f"{name}: what items and reconstructions sound like, with phases made up", rows)}
