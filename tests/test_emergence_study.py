@@ -9,6 +9,8 @@ from experiments import emergence as study
 from experiments import grokking
 from experiments.records import markdown
 from experiments.study import resolve
+from experiments.study import study as run_study
+from tests import tiny
 from vfm import data
 from vfm.data.interleave import Layout
 from vfm.errors import UserError
@@ -210,3 +212,32 @@ def test_figures_of_delayed_generalisation(tmp_path):
     records = made(config.get_config("modular"), grokking, general)
     grokking.figure(grokking.summarize(records)).savefig(tmp_path / "one.png")
     grokking.pictures(records, tmp_path)["courses"][1].savefig(tmp_path / "two.png")
+
+
+@pytest.mark.slow
+def test_the_studies_run(tmp_path):
+    """Each at a size of nothing, from its config to its table."""
+    with tiny.quick_compilation():
+        c = config.get_config("smoke")
+        c.study.examples = (40, 80)
+        records = run_study(c, str(tmp_path / "sums"))
+        assert len(records) == 2 * 3 + 2
+        asked = [record["metrics"] for record in records if "prompted" in study._cell(record)["form"]]
+        assert len(asked) == 2 and all(f"scratchpad_shots_{study.MATCH}" in metrics for metrics in asked)
+        assert len(study.course(records[0], study.MATCH)) == 2
+        c = config.get_config("modular")
+        c.study.seeds, c.study.weight_decays = 1, (1.0,)
+        c.train.update(steps=4, batch_size=8)
+        c.optimizer.schedule.warmup_steps = 1
+        c.eval.update(every=2, limit=8, test_limit=8, batch_size=8)
+        c.log.every = 2
+        (record,) = run_study(c, str(tmp_path / "modular"))
+        assert {f"spectrum_{k}" for k in range(1, 24)} <= {*record["metrics"]}
+        c = config.get_config("hops")
+        c.study.update(seeds=1, steps=4, evaluations=2, shares=(0.5,))
+        c.train.batch_size = 8
+        c.optimizer.schedule.warmup_steps = 1
+        c.eval.update(limit=8, test_limit=8, batch_size=8)
+        c.log.every = 2
+        records = run_study(c, str(tmp_path / "hops"))
+        assert [study._cell(record)["form"] for record in records] == ["direct", "chain"]
