@@ -74,7 +74,7 @@ def lookup(c: ConfigDict) -> None:
     c.title, c.study.task = "In-context learning: lookup", "lookup"
     c.data.source = {"name": "lookup", "pairs": 8, "queries": 8, "keys": 16, "values": 16}
     c.data.update(length=32, loss="asked")
-    c.train.update(steps=500, batch_size=64)
+    c.train.update(steps=600, batch_size=64)
     c.eval.course = course(late_loss={"at_most": 0.3}, induction_score={"at_least": 0.4})
 
 
@@ -84,6 +84,6 @@ def functions(c: ConfigDict) -> None:
     c.data.source = {"name": "functions", "numbers": 8, "family": "table", "examples": 16, "functions": 0}
     c.data.update(length=32, loss="asked")
     c.model.backbone.arrangement = "sequential"
-    c.train.update(steps=600, batch_size=32)
+    c.train.update(steps=800, batch_size=64)
     c.eval.in_context.beside = "validation"
     c.eval.course = course(late_loss={"at_most": 0.8}, icl_score={"at_most": -0.3}, induction_score={"at_least": 0.5})

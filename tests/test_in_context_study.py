@@ -46,6 +46,15 @@ def test_an_unknown_task_is_refused():
         study.runs({**settings, "task": "induktion"})
 
 
+SOURCE = {task: source for source, task in study.SOURCES.items()}
+ALL = {  # scheme: (source of its data, overrides)
+    name: (SOURCE[task], overrides)
+    for task, groups in study.TASKS.items()
+    for group in groups
+    for name, overrides in group.items()
+}
+
+
 def record(name, seed, late, score, step=None, shots=()):
     metrics = {"late_loss": late, "late_accuracy": 1 - late / 4, "late_exact_match": 0.5, "icl_score": late - 3}
     metrics |= {"induction_score": score, "previous_token_score": 0.3, "loss_from_0": 3.5, "loss_from_48": late}
@@ -57,7 +66,8 @@ def record(name, seed, late, score, step=None, shots=()):
         metrics |= {f"{before}loss_{k}_shots": 2 - value for k, value in enumerate(shots)}
     return {
         "run": f"{name}{seed}",
-        "overrides": {**study.ALL[name], "seed": seed},
+        "overrides": {**ALL[name][1], "seed": seed},
+        "config": {"data": {"source": {"name": ALL[name][0]}}},
         "metrics": metrics,
         "parameters": 100,
         "flops": 1000,
@@ -82,11 +92,19 @@ def test_the_table_has_a_row_for_each_scheme_and_says_when():
     assert markdown([one, two])
 
 
+def test_equal_overrides_of_two_tasks_are_two_schemes():
+    found = record("1 layer, lookup", 0, 2.0, 0.1)
+    del found["metrics"]["icl_score"]
+    (row,) = study.summarize([found])
+    assert row["scheme"] == "1 layer, lookup" and row["step of the ICL score"] == "–" and row["ICL score"] == "–"
+    assert {line["that is"] for line in study.expectations([row])} == {"1 layer, lookup: late loss > 1.0"}
+
+
 def test_what_was_expected_is_of_schemes_and_columns_that_there_are():
     columns = {*study.COLUMNS, *study.STEPS}
     columns |= {f"{of}accuracy, {shots}" for of in ("", "trained ones: ") for shots in ("1 shot", "most shots")}
     for item in study.EXPECTED:
-        assert item.scheme in study.ALL and item.column in columns
+        assert item.scheme in ALL and item.column in columns
         assert not isinstance(item.bound, tuple) or item.bound[0] in columns
         assert (item.sign == 0) == (item.bound is None)
 

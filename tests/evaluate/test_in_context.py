@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 
 from configs import in_context as config
+from tests import tiny
 from vfm.errors import UserError
 from vfm.evaluate.in_context import by_position, check_in_context, in_context, prefix_matching, previous_token
 from vfm.experiment import Experiment
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    with tiny.quick_compilation():
+        yield
+
 
 TOKENS = np.array([[1, 5, 7, 6, 5, 7, 6]])  # <bos>, a block of three, and the block again
 REAL = np.ones((1, 7), bool)
