@@ -76,12 +76,13 @@ def test_the_parameters_of_the_joint_law_lie_in_their_intervals(huber, noise):
     assert min(hits.values()) >= 93
 
 
-def test_predictions_and_the_best_size_lie_in_their_intervals():
+@pytest.mark.parametrize("draws, least", [(12, 10), pytest.param(100, 91, marks=pytest.mark.slow)])
+def test_predictions_and_the_best_size_lie_in_their_intervals(draws, least):
     n, d = grid(5, 4)
     budget = 1e23
     best = scaling_laws.compute_optimal(scaling_laws.parametric(n, d, surface(n, d)), budget)
     found = {"n": 0, "loss": 0, "run": 0}
-    for seed in range(40):
+    for seed in range(draws):
         rng = np.random.default_rng(seed)
         law = scaling_laws.fit("chinchilla", {"N": n, "D": d}, noisy(surface(n, d), 0.003, rng), draws=300, rng=rng)
         size = scaling_laws.compute_optimal(law, budget).n
@@ -89,7 +90,7 @@ def test_predictions_and_the_best_size_lie_in_their_intervals():
         loss = law.predict({"N": 70e9, "D": 1.4e12})
         found["loss"] += loss.low <= surface(70e9, 1.4e12) <= loss.high
         found["run"] += loss.run_low <= noisy(surface(70e9, 1.4e12), 0.003, rng) <= loss.run_high
-    assert min(found.values()) >= 36  # of 40: 38 are expected; fewer than 36 come once in 20 times at most
+    assert min(found.values()) >= least
     assert law.predict({"N": 70e9, "D": 1.4e12}).beyond == pytest.approx(7)
 
 

@@ -358,7 +358,7 @@ def _unpinned(name: str, low: float, high: float) -> str:
     return f"{name} may be anything from {near:.3g} to {far:.3g}" if far > WIDEST * near else ""
 
 
-def _profile(found: Fit, u, y, index: int, points: int = 48) -> tuple[float, float]:
+def _profile(found: Fit, u, y, index: int, points: int = 32) -> tuple[float, float]:
     """The interval of an exponent by the profile of the sum of squares: the values of it whose best fit is not worse
     than s² F. A flat profile reaches the ends of what is allowed."""
     law, best = FORMS[found.form], found.theta[index]
