@@ -16,10 +16,7 @@ SIZES = {"train": 1_000_000, "validation": 1000, "test": 1000}
 
 
 class Sequences:
-    """What the sources of this file share. `draw(rng)` gives the symbols and the shots of an item.
-
-    sizes: {split: items}, over those of `SIZES`.
-    """
+    """What the sources of this file share. sizes: {split: items}, over those of `SIZES`."""
 
     name = ""
 
@@ -41,6 +38,7 @@ class Sequences:
         return {"symbols": symbols.astype(np.int32), "shots": shots.astype(np.int32)}
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The symbols and the shots of an item."""
         raise NotImplementedError
 
 

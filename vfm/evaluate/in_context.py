@@ -116,12 +116,13 @@ def by_position(
         **{f"loss_from_{i}": (loss, (part == i) & trained) for i in starts},
     }
     found = {name: float(values[which].mean()) for name, (values, which) in wanted.items() if which.any()}
-    if "icl_score" in found:
-        found["icl_score"] -= found.get("early_loss", np.nan)
+    late_of_all = found.pop("icl_score", None)
+    if late_of_all is not None and "early_loss" in found:
+        found["icl_score"] = late_of_all - found["early_loss"]
     if "late_loss" in found:
         rows = (late & asked).any(axis=1)
         found["late_exact_match"] = float((hit | ~(late & asked)).all(axis=1)[rows].mean())
-    return {name: value for name, value in found.items() if np.isfinite(value)}
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)  # compiled once for all evaluations of a training
