@@ -18,6 +18,7 @@ from configs import common
 from vfm.backbones.decoder_only import LLAMA
 
 VARIANTS = ("smoke", "rates", "digits", "prompted", "modular", "hops")
+SIZES = {"validation": 200, "test": 600}
 SYMBOLS = "0123456789+=,>\n"
 RELATIONS = ("father", "mother", "friend", "neighbour")
 
@@ -40,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.study.update(series=("prompted",), seeds=3)
     if arg == "smoke":
         c.study.update(
-            series=("examples", "prompted"),
+            series=("examples",),
             seeds=1,
             steps=4,
             evaluations=2,
@@ -51,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
         c.train.update(steps=4, batch_size=8)
         c.optimizer.schedule.warmup_steps = 1
-        c.data.source.sizes = {"validation": 16, "test": 16}
+        c.data.source.sizes = c.study.sizes = {"validation": 16, "test": 16}
         c.eval.update(every=2, limit=8, test_limit=16, batch_size=8)
         c.log.every = 2
     return c
@@ -88,7 +89,7 @@ def addition(c: ConfigDict) -> None:
         "module": "experiments.emergence",
         "series": ("examples", "widths"),
         "seeds": 5,
-        "steps": 900,
+        "steps": 840,
         "evaluations": 12,
         "digits": 3,
         "width": 48,
@@ -97,18 +98,19 @@ def addition(c: ConfigDict) -> None:
         "numbers": (2, 3, 4),
         "most_examples": 4800,
         "learning_rates": {"plain": 1e-2, "reversed": 1e-2, "scratchpad": 1e-2},
-        "rates": (5e-3, 1e-2, 2e-2),
+        "rates": (2.5e-3, 5e-3, 1e-2, 2e-2),
         "shots": 2,
+        "sizes": SIZES,
     }
     c.tokenizer = {"name": "symbols", "symbols": SYMBOLS}
     c.model = model(len(SYMBOLS) + 3, 48, 2, 128)
     source = {"name": "addition", "digits": 3, "form": "plain", "examples": 4800, "seed": 0}
-    source |= {"lengths": "exact", "sizes": {"validation": 200, "test": 500}}
+    source |= {"lengths": "exact", "sizes": SIZES}
     c.data = {"name": "questions", "source": source, "length": 14, "shots": 0, "loss": "answer", **common.DATA}
-    c.train.update(steps=900, batch_size=64)
+    c.train.update(steps=840, batch_size=64)
     c.optimizer.update(learning_rate=1e-2, weight_decay=0.1)
     c.optimizer.schedule.warmup_steps = 50
-    c.eval.update(every=75, limit=200, test_limit=500, batch_size=100, evaluators=("answers", "course"))
+    c.eval.update(every=70, limit=200, test_limit=600, batch_size=200, evaluators=("answers", "course"))
     c.eval.answers = {"generate": True, "marker": ">", "prompts": {}}
     c.eval.course = {
         "answer_final_match": {"every": 1},
@@ -127,7 +129,7 @@ def modular(c: ConfigDict) -> None:
     fractions = {"train": 0.5, "validation": 0.25, "test": 0.25}
     source = {"name": "modular", "modulus": p, "operation": "+", "signs": False, "fractions": fractions, "seed": 0}
     c.data = {"name": "questions", "source": source, "length": 5, "separator": " ", **common.DATA}
-    c.train.update(steps=3000, batch_size=256)
+    c.train.update(steps=2000, batch_size=256)
     c.optimizer.update(learning_rate=3e-3, weight_decay=1.0, b2=0.98)
     c.optimizer.schedule = {"name": "constant", "warmup_steps": 20}
     c.eval.update(every=50, limit=256, test_limit=0, batch_size=256, evaluators=("answers", "spectrum", "course"))

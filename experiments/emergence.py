@@ -56,9 +56,19 @@ def runs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     cells: list[dict] = []
     for name in settings["series"]:
         cells += [cell for cell in _SERIES[name](settings) if cell not in cells]
-    return [
-        {**cell, "seed": seed, "data.source.seed": seed} for seed in range(settings["seeds"]) for cell in cells
-    ]  # fmt: skip
+    return [_seeded(cell, seed) for seed in range(settings["seeds"]) for cell in cells]
+
+
+def _seeded(cell: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A model with a seed of its own, of its questions too."""
+    found = {**cell, "seed": seed, "data.source.seed": seed}
+    if prompts := cell.get("eval.answers.prompts"):
+        shown = {**prompts["scratchpad_shots"]["shots_source"], "seed": seed}
+        found["eval.answers.prompts"] = {
+            **prompts,
+            "scratchpad_shots": {**prompts["scratchpad_shots"], "shots_source": shown},
+        }
+    return found
 
 
 def _sums(settings: Mapping[str, Any], form: str, **changes) -> dict[str, Any]:
@@ -81,6 +91,7 @@ def _sums(settings: Mapping[str, Any], form: str, **changes) -> dict[str, Any]:
         more = {form: settings["shots"] * shot_length(form, digits) + row_length("plain", digits) for form in
                 ("plain", "scratchpad")}  # fmt: skip
         source = {"name": "addition", "digits": digits, "form": "scratchpad", "examples": chosen["examples"]}
+        source["sizes"] = dict(settings["sizes"])  # so that none of its training examples is a question
         found |= {
             "eval.every": 0,
             "eval.evaluators": ("answers",),
@@ -89,7 +100,7 @@ def _sums(settings: Mapping[str, Any], form: str, **changes) -> dict[str, Any]:
                 "scratchpad_shots": {
                     "shots": settings["shots"],
                     "length": more["scratchpad"],
-                    "shots_source": {**source, "sizes": {"validation": 200, "test": 500}},
+                    "shots_source": source,
                 },
             },
         }
