@@ -21,7 +21,8 @@ class Questions:
     itself, each at most once; with `shots_tasks` only from those of the question's task.
     loss: what is to be predicted: "answer", the answer of the last question and <eos>; "all", everything behind <bos>.
     Example: tokens, targets, loss_mask, input_mask, and empty entries for the layout's modalities; the shots are drawn
-    from the generator. `prompt_length`, `longest_prompt` and `longest_answer` say where an answer begins and ends.
+    from the generator. `items` and `ids` hold all questions, `longest_prompt` and `longest_answer` count tokens with
+    <bos> and <eos>.
     Raises UserError for a source without questions, too few examples for the shots, and rows longer than the layout.
     """
 
