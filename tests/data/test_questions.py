@@ -14,17 +14,17 @@ class Sums:
 
     labels = None
 
-    def __init__(self, split: str, tasks: bool = False, size: int = 30):
+    def __init__(self, split: str, tasks: bool = False, size: int = 30, times: int = 1):
         place = ("train", "validation", "test").index(split)
         self.pairs = [divmod(i, 10) for i in range(100) if i % 3 == place][:size]
-        self.tasks = tasks
+        self.tasks, self.times = tasks, times
 
     def __len__(self):
         return len(self.pairs)
 
     def __getitem__(self, index):
         a, b = self.pairs[index]
-        item = {"prompt": f"{a}+{b}=", "answer": str(a + b)}
+        item = {"prompt": f"{a}+{b}=", "answer": str(a + b) * self.times}
         return item | ({"task": "even" if a % 2 == 0 else "odd"} if self.tasks else {})
 
 
@@ -86,6 +86,16 @@ def test_shots_of_the_task_alone():
     for index in range(len(dataset)):
         parts = text(dataset.example(index, np.random.default_rng(index))["tokens"]).split("\n")
         assert len({int(part[0]) % 2 for part in parts}) == 1
+
+
+def test_answers_may_be_as_long_as_those_that_are_shown():
+    assert build(length=40).longest_answer == 3
+    shown = build("test", length=40, shots=2, shots_source={**SOURCE, "times": 4})
+    assert shown.longest_answer == 9 and shown.longest_prompt == 1 + 2 * (4 + 8 + 1) + 4
+    row = shown.example(0, np.random.default_rng(0))
+    *shots, question = text(row["tokens"]).split("\n")
+    assert all(shot.split("=")[1] == str(sum(map(int, shot.split("=")[0].split("+")))) * 4 for shot in shots)
+    assert question == shown.items[0]["prompt"] + shown.items[0]["answer"]
 
 
 def test_a_source_without_questions():

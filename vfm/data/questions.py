@@ -21,8 +21,8 @@ class Questions:
     itself, each at most once; with `shots_tasks` only from those of the question's task.
     loss: what is to be predicted: "answer", the answer of the last question and <eos>; "all", everything behind <bos>.
     Example: tokens, targets, loss_mask, input_mask, and empty entries for the layout's modalities; the shots are drawn
-    from the generator. `items` and `ids` hold all questions, `longest_prompt` and `longest_answer` count tokens with
-    <bos> and <eos>.
+    from the generator. `items` and `ids` hold all questions, `longest_prompt` and `longest_answer` count tokens, with
+    <bos> and <eos>, those of solved examples too.
     Raises UserError for a source without questions, too few examples for the shots, and rows longer than the layout.
     """
 
@@ -48,6 +48,7 @@ class Questions:
         self.items, self.ids = _read(source, split, tokenizer)
         self._pools: dict[str, np.ndarray] = {}
         self._solved: list[list[int]] = []
+        self._longest_shown = 0
         if shots:
             self._read_shots(source, split, shots_source, shots_split, shots_tasks, separator)
         self._check_length(split)
@@ -59,6 +60,7 @@ class Questions:
         )  # fmt: skip
         between = self.tokenizer.encode(separator)
         self._solved = [[*prompt, *answer, *between] for prompt, answer in ids]
+        self._longest_shown = max(len(answer) for _, answer in ids)
         # The place of each question among the examples, which may not stand in front of itself; -1: nowhere.
         place = {item["prompt"]: i for i, item in enumerate(items)}
         self._own = np.array([place.get(item["prompt"], -1) for item in self.items])
@@ -77,7 +79,8 @@ class Questions:
     def _check_length(self, split: str) -> None:
         sizes = np.array([len(prompt) + len(answer) for prompt, answer in self.ids])
         self.longest_prompt = 1 + max(len(prompt) for prompt, _ in self.ids)
-        self.longest_answer = 1 + max(len(answer) for _, answer in self.ids)
+        # A model that follows its examples may write as much as they do.
+        self.longest_answer = 1 + max(self._longest_shown, *(len(answer) for _, answer in self.ids))
         before = self.shots * max(map(len, self._solved), default=0)
         self.longest_prompt += before
         worst = int(sizes.argmax())
