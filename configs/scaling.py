@@ -69,9 +69,7 @@ MODALITIES = {
     "images": _palette(
         {"name": "shapes", "size": 11, "sizes": {"train": 20_000, "validation": 2000, "test": 2000}}, COLORS, 122
     ),
-    "audio": _sound(
-        {"name": "speech", "snr_db": (30.0, 50.0), "sizes": {"train": 400, "validation": 40, "test": 60}}
-    ),
+    "audio": _sound({"name": "speech", "snr_db": (30.0, 50.0), "sizes": {"train": 400, "validation": 40, "test": 60}}),
     "logs": _bytes({"name": "logs", "sizes": {"train": 800, "validation": 40, "test": 60}}),
     "shakespeare": _bytes(
         _tfds(
