@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "size": 20_000,
         "repeats": 100,
     }
-    c.train.update(steps=2000, batch_size=64, ema=0.999)
+    c.train.update(steps=2000, batch_size=64, ema=0.99)
     c.optimizer.update(learning_rate=2e-3, weight_decay=0.0)
     c.optimizer.schedule.warmup_steps = 200
     c.eval.update(every=0, evaluators=("generation",), batch_size=250)

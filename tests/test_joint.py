@@ -77,7 +77,15 @@ def draw(model, name, params, *, rng=KEY, steps=3, batch_size=3, **settings):
     return model.apply({"params": params}, name, {}, **settings, method="sample")
 
 
-@pytest.mark.parametrize("process", (GAUSSIAN, LEARNED, {"name": "flow"}), ids=("gaussian", "learned", "flow"))
+@pytest.mark.parametrize(
+    "process",
+    (
+        GAUSSIAN,
+        pytest.param(LEARNED, marks=pytest.mark.slow),
+        pytest.param({"name": "flow"}, marks=pytest.mark.slow),
+    ),
+    ids=("gaussian", "learned", "flow"),
+)
 def test_before_training_items_are_those_that_each_decoder_draws_alone(process):
     model, params = built(FrozenDict(process))
     together = draw(model, None, params)
@@ -92,31 +100,37 @@ def test_before_training_items_are_those_that_each_decoder_draws_alone(process):
 
 
 def test_what_one_draws_depends_on_the_noise_of_the_other():
-    model, params = built()
-    shapes = {"audio": (4, 6, 1), "image": (4, 4, 1)}
-    observers = {name: lambda x, t: x.reshape(len(x), 1, -1)[..., :8] for name in shapes}
-    seen = {}
+    shapes, seen, given = {"audio": (4, 6, 1), "image": (4, 4, 1)}, {}, {}
 
-    def decoder(name):
+    def sample(denoise, x, rng, **how):
+        given.update(how)
+        return denoise(x, jnp.zeros(len(x)))
+
+    dynamics = types.SimpleNamespace(learned=False, split=lambda output: (output, None), sample=sample)
+
+    def decoder(name, clip):
         def denoise(x, t, environment):
             seen[name] = environment
-            return x * 0
+            return 2 * x
 
         return types.SimpleNamespace(
-            dynamics=diffusion.Gaussian(timesteps=20),
+            dynamics=dynamics,
             _denoiser=lambda *_: denoise,
-            make_observer=lambda: observers[name],
+            make_observer=lambda: lambda x, t: x.reshape(len(x), 1, -1),
             noise=lambda rng, count: jax.random.normal(rng, (count, *shapes[name])),
-            sampler_options=lambda **_: {"steps": 1, "clip": 1.0},
-            _outside=lambda x: x,
+            sampler_options=lambda **settings: {**settings, "clip": clip},
+            _outside=lambda x: x + 1,
         )
 
-    with jax.disable_jit():
-        joint.joint_sample({n: decoder(n) for n in shapes}, dict.fromkeys(shapes), dict.fromkeys(shapes), rng=KEY,
-                           batch_size=2)  # fmt: skip
-    for i, name in enumerate(shapes):
-        other = jax.random.normal(jax.random.fold_in(KEY, i), (2, *shapes[name]))
-        np.testing.assert_allclose(next(seen[n] for n in shapes if n != name), other.reshape(2, 1, -1)[..., :8])
+    decoders = {"audio": decoder("audio", 1.0), "image": decoder("image", None)}
+    none = dict.fromkeys(shapes)
+    drawn = joint.joint_sample(decoders, none, none, rng=KEY, batch_size=2, steps=7)
+    noise = {name: jax.random.normal(jax.random.fold_in(KEY, i), (2, *shapes[name])) for i, name in enumerate(shapes)}
+    for name, other in (("audio", "image"), ("image", "audio")):
+        np.testing.assert_array_equal(seen[name], noise[other].reshape(2, 1, -1))
+        np.testing.assert_array_equal(drawn[name], 2 * noise[name] + 1)
+    np.testing.assert_array_equal(given["clip"], [[1.0] * 24 + [np.inf] * 16])  # latents are not clipped
+    assert given["steps"] == 7
 
 
 @pytest.mark.parametrize("dynamics", (diffusion.Gaussian(timesteps=20), flow_matching.Flow()), ids=("gaussian", "flow"))
@@ -150,34 +164,36 @@ def test_all_items_are_noisy_at_one_time_and_each_sees_the_other(dynamics):
     assert embeddings["image"].shape == (5, 1)
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_the_joint_parts_by_all_losses():
     model, params = built()
     loss_fn = objectives.build({"name": "generation", "weights": {"contrast": 0.5}}, model)
     batch = {"inputs": items(), "example_mask": jnp.array([1.0, 1.0, 0.0])}
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def gradient(params, name):
-        def loss(params):
-            weight, total, count = loss_fn(params, {}, batch, KEY, train=True)[0][name]
-            return weight * total / count
+    def losses(params):
+        terms, _ = loss_fn(params, {}, batch, KEY, train=True)
+        return {name: weight * total / count for name, (weight, total, count) in terms.items()}
 
-        return {path: jnp.abs(leaf).max() for path, leaf in tree.flatten(jax.grad(loss)(params)).items()}
+    @jax.jit
+    def gradients(params):
+        """The largest number in the gradient of each loss by each parameter."""
+        found = jax.jacrev(losses)(params)
+        return {name: {path: jnp.abs(x).max() for path, x in tree.flatten(found[name]).items()} for name in found}
 
-    names = {"generation_audio_noise", "generation_image_noise", "generation_joint_contrast"}
-    assert set(loss_fn(params, {}, batch, KEY, train=True)[0]) == names
+    closed, through = gradients(params), gradients(opened(params))
+    assert set(closed) == {"generation_audio_noise", "generation_image_noise", "generation_joint_contrast"}
     added = {path for path in tree.flatten(params) if re.fullmatch(codi.JOINT, path)}
     plain = jax.eval_shape(lambda: model_lib.init(model_lib.build(config(joint=None)), KEY, 1))["params"]
     assert added == set(tree.flatten(params)) - set(tree.flatten(plain))  # what the config lets learn
-    closed, through = gradient(params, "generation_image_noise"), gradient(opened(params), "generation_image_noise")
     of = lambda path: "image" if path.startswith("decoders_image/denoiser") else "audio"
     for path in added:
         reached = path.startswith(("decoders_image/denoiser", "decoders_audio/environment_encoder"))
         if "key/bias" in path:  # which softmax does not see
             continue
-        assert (through[path] > 0) == reached, path
-        assert (closed[path] > 0) == (is_gate(path) and of(path) == "image"), path
-    contrast = gradient(params, "generation_joint_contrast")
-    assert all((x > 0) == ("environment_encoder" in path) for path, x in contrast.items() if "key/bias" not in path)
+        assert (through["generation_image_noise"][path] > 0) == reached, path
+        assert (closed["generation_image_noise"][path] > 0) == (is_gate(path) and of(path) == "image"), path
+    for path, x in closed["generation_joint_contrast"].items():
+        assert (x > 0) == ("environment_encoder" in path) or "key/bias" in path, path
 
 
 def test_contrast_is_infonce_of_the_rows_that_count():
