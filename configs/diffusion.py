@@ -4,10 +4,15 @@
 
     configs/diffusion.py                scikit-learn's handwritten digits, 8×8; no network
     configs/diffusion.py:latent         the same in the latents of an autoencoder: train configs/autoencoder.py first,
-                                        and say where with --config.init.path=runs/autoencoder
+                                        and say where with --config.init.path=runs/autoencoder; its results.json has
+                                        latent_std_image: set --config.model.decoders.image.latent.scale to 1 over it
     configs/diffusion.py:fashion_mnist  Fashion-MNIST through TFDS, 28×28; a size for a GPU; set
                                         --config.data.source.data_dir
+    configs/diffusion.py:control        a control branch for edges of the digit that is to be drawn (ControlNet), on the
+                                        frozen first: say where that is with --config.init.path=runs/diffusion
     configs/diffusion.py:smoke          a few steps of the first
+
+--config.eval.generation.bits=100 adds the bound on bits per dimension of 100 test images (1000 passes).
 
 By flags: --config.model.decoders.image.network.conditioning=cross_attention (adaln, in_context), and with
 --config.model.decoders.image.process="{'name': 'flow'}" flow matching in place of diffusion.
@@ -22,7 +27,7 @@ CLASSES = 10
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    common.check_variant(arg, "diffusion", ("smoke", "latent", "fashion_mnist"))
+    common.check_variant(arg, "diffusion", ("smoke", "latent", "fashion_mnist", "control"))
     c = common.base()
     c.title = "Class-conditional diffusion: scikit-learn's handwritten digits"
     c.tokenizer = {"name": "byte", "special": SPECIAL}  # there is no text
@@ -38,6 +43,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.checkpoint.update(every=2000, keep_best=0)
     if arg == "latent":
         latent(c)
+    if arg == "control":
+        control(c)
     if arg == "fashion_mnist":
         fashion_mnist(c)
     if arg == "smoke":
@@ -50,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def model(item_shape, width, depth, num_heads) -> dict:
+def model(item_shape, width, depth, num_heads, levels=17) -> dict:
     return {
         "centre": "label",
         "dtype": "float32",
@@ -71,7 +78,13 @@ def model(item_shape, width, depth, num_heads) -> dict:
                     "num_heads": num_heads,
                     "mlp_dim": 4 * width,
                 },
-                "process": {"name": "gaussian", "schedule": "cosine", "timesteps": 1000, "prediction": "v"},
+                "process": {
+                    "name": "gaussian",
+                    "schedule": "cosine",
+                    "timesteps": 1000,
+                    "prediction": "v",
+                    "levels": levels,
+                },
             }
         },
     }
@@ -90,9 +103,23 @@ def latent(c: ConfigDict) -> None:
     c.optimizer.frozen = ("decoders_image/latent_(encoder|decoder)/.*",)
 
 
+def control(c: ConfigDict) -> None:
+    """Copies of the first blocks of the trained, frozen model read the edges as well."""
+    c.title = "Class-conditional diffusion with edges as control: scikit-learn's handwritten digits"
+    decoder = c.model.decoders.image
+    decoder.control = {"from": "edges", "channels": 1}
+    decoder.network.control_depth = decoder.network.depth
+    c.data.source = {"name": "edges", "source": {"name": "digits"}}
+    c.data.ranges.edges = (0.0, 1.0)
+    base = r"encoders_label/.*|decoders_image/unconditional/.*|decoders_image/denoiser/(?!control).*"
+    c.init.match = ((r"(decoders_image/denoiser/)control/(layers/.*)", r"\1transformer/\2"), base)
+    c.optimizer.frozen = (base,)
+    c.train.steps = 2000
+
+
 def fashion_mnist(c: ConfigDict) -> None:
     c.title = "Class-conditional diffusion: Fashion-MNIST"
-    c.model = model(item_shape=(28, 28, 1), width=384, depth=12, num_heads=6)  # DiT-S
+    c.model = model(item_shape=(28, 28, 1), width=384, depth=12, num_heads=6, levels=256)  # DiT-S
     c.model.dtype = "bfloat16"
     c.data.source = {
         "name": "tfds",

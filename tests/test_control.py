@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from configs import diffusion as config_file
 from tests import tiny
 from vfm import model as model_lib
 from vfm import run as run_lib
+from vfm import tree
 from vfm.errors import UserError
 from vfm.experiment import Experiment
 from vfm.train import stages
@@ -96,6 +98,27 @@ def experiment(folder, model, files, **changes):
     e = Experiment(c, jax.devices()[:1])
     e.folder = run_lib.prepare(str(folder), e.config, write=True)
     return e
+
+
+def test_the_config_starts_from_the_first_and_trains_the_branch_alone():
+    """Every parameter but those of the branch's own layers has one of the same shape there, and is frozen or copied."""
+    c = config_file.get_config("control")
+    c.init.path = "anywhere"
+    base, branch = (Experiment(of, jax.devices()[:1]) for of in (config_file.get_config(), c))
+    theirs, ours = (
+        {path: leaf.shape for path, leaf in tree.flatten(e.abstract_state.params).items()} for e in (base, branch)
+    )
+    (copies, to), frozen = c.init.match
+    own = set()
+    for path, shape in ours.items():
+        if re.fullmatch(copies, path):
+            assert theirs[re.sub(copies, to, path)] == shape and not re.fullmatch(frozen, path)
+        elif re.fullmatch(frozen, path):
+            assert theirs[path] == shape
+        else:
+            own.add(path.split("/")[2])
+    assert own == {"control_patch", "control_projection", "control_out"} and c.optimizer.frozen == (frozen,)
+    assert {path for path in theirs if not re.fullmatch(frozen, path)} == set()
 
 
 @pytest.mark.slow
