@@ -50,14 +50,15 @@ def test_several_files_and_text_give_text(trained):
     assert (trained / "report.html").read_text() == report  # the report of the training stays
 
 
-def drawing(encoders, centre, **generate):
+def drawing(encoders, centre, decoder=None, **generate):
     """An experiment whose model has no backbone and one generative decoder, of images, and its random weights."""
     c = tiny.config(**RUN)
     with c.unlocked():
         c.model = {"centre": centre, "backbone": {}, "encoders": encoders}
-        c.model.decoders = {"image": {"name": "tests.test_generative.Noisy", "item_shape": (4, 4, 1)}}
+        c.model.decoders = {"image": decoder or {"name": "tests.test_generative.Noisy", "item_shape": (4, 4, 1)}}
         c.data = {"name": "items", "length": 1, "source": {"name": "digits"}, "workers": 0, "skip_corrupt": False}
         c.objective, c.eval.evaluators = {"name": "generation"}, ()
+        c.eval.generation = {"steps": 2} if decoder else {}
         c.generate.update(generate)
     experiment = Experiment(c, jax.devices()[:1])
     state = experiment.init_state()
@@ -108,6 +109,31 @@ def test_a_condition_that_is_no_class_comes_from_a_file(tmp_path):
     text["text"]["backbone"] = {"name": "encoder_only", "depth": 1, "num_heads": 2, "mlp_dim": 8}
     with pytest.raises(UserError, match="config.generate.text='a' must be the number of a class; items of text"):
         infer.answer(*drawing(text, "text", task="text->image", text="a"), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_control_is_given_as_a_file(tmp_path):
+    network = {"name": "dit", "width": 8, "depth": 1, "num_heads": 1, "mlp_dim": 8, "control_depth": 1}
+    decoder = {"name": "diffusion", "item_shape": (4, 4, 1), "network": network, "control": {"from": "mask"}}
+    decoder["process"] = {"name": "gaussian", "timesteps": 4}
+    for name, value in (("zeros", 0.0), ("ones", 1.0)):
+        np.save(tmp_path / f"{name}.npy", np.full((4, 4, 1), value, np.float32))
+    found = {}
+    for files in ("", f"mask={tmp_path}/zeros.npy", f"mask={tmp_path}/ones.npy"):
+        task = "label+mask->image" if files else "label->image"
+        experiment, weights = drawing(LABEL, "label", decoder, task=task, text="2", files=files)
+        # At first the branch adds zero.
+        params = jax.tree.map(
+            lambda leaf: leaf + 0.3 * np.random.default_rng(0).normal(size=leaf.shape), weights["params"]
+        )
+        infer.answer(experiment, {**weights, "params": params}, tmp_path)
+        found[files] = np.load(tmp_path / "generated_image.npy")
+    plain, zeros, ones = found.values()
+    assert min(np.abs(a - b).max() for a, b in ((plain, zeros), (plain, ones), (zeros, ones))) > 1e-3
+    with pytest.raises(UserError, match="files: the task 'label.mask->image' needs mask=FILE"):
+        infer.answer(*drawing(LABEL, "label", decoder, task="label+mask->image", text="2"), tmp_path)
+    with pytest.raises(UserError, match="task='mask->image' must be 'label->image' or 'label.mask->image' with"):
+        infer.answer(*drawing(LABEL, "label", decoder, task="mask->image", text="2"), tmp_path)
 
 
 def test_a_file_gives_an_item_and_depends_on_it(trained):

@@ -12,7 +12,7 @@ from vfm import distributed, report
 from vfm.beam import beam_search
 from vfm.data.audio import read_audio
 from vfm.data.image import read_image
-from vfm.data.interleave import Input, Output, Text, interleave
+from vfm.data.interleave import Input, Output, Text, check_shape, interleave
 from vfm.data.pairs import Task
 from vfm.errors import UserError, unknown
 from vfm.evaluate.generation import drawer, sampler_settings
@@ -20,7 +20,7 @@ from vfm.generate import bucket, check_length, fill, generate, stream
 from vfm.sampling import Sampling
 from vfm.stopping import TextStream, cut, stop_strings
 from vfm.tokenizers import ImageTokenizer
-from vfm.wiring import generative
+from vfm.wiring import controls, generative
 
 # Fields of `config.generate` that are those of `Sampling`.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "min_new")
@@ -43,7 +43,7 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
 
     A generative decoder draws `samples` items, with the settings of its sampler in `config.eval.generation`. A model
     without a backbone draws under the item of its centre, "label->image": a class is given as `text`, "3"; the items of
-    other modalities as files.
+    other modalities as files. Where the decoder has a control, it may be given as well: "label+edges->image".
 
     Raises `UserError` for fields out of range, and for files that are missing, cannot be read, or do not fit the
     modality.
@@ -57,9 +57,15 @@ def answer(experiment, weights, path: pathlib.Path) -> dict[str, float]:
         )
     _check(experiment, cfg)
     inputs, output = Task.split(cfg.task) if cfg.task else (("text",), "text")
-    if model.backbone is None and (output not in draws or inputs != (model.centre,)):
-        asked = f"{model.centre}->{draws[0]}"
-        raise UserError(f"config.generate.task={cfg.task!r} must be {asked!r} with this model, which has no backbone")
+    if model.backbone is None:
+        drawn = output if output in draws else draws[0]
+        control = controls(model).get(drawn)
+        asked = [f"{model.centre}->{drawn}", *([f"{model.centre}+{control}->{drawn}"] if control else [])]
+        if output not in draws or set(inputs) - {control} != {model.centre}:
+            raise UserError(
+                f"config.generate.task={cfg.task!r} must be {' or '.join(map(repr, asked))} with this model, which has "
+                "no backbone"
+            )
     if "text" in (*inputs, output) and isinstance(experiment.tokenizer, ImageTokenizer):
         raise UserError(
             f"config.mode=generate writes text, and the tokens of tokenizer {experiment.config.tokenizer.name!r} are "
@@ -152,20 +158,21 @@ def _check(experiment, cfg) -> None:
 
 
 def _from_file(experiment, name: str) -> bool:
-    """Whether a modality has an encoder, and items that are more than one number."""
-    return name in experiment.model.encoders and bool(experiment.layout.modality(name).item_shape)
+    """Whether a modality has an encoder or controls a decoder, and items that are more than one number."""
+    known = {*experiment.model.encoders, *controls(experiment.model).values()}
+    return name in known and bool(experiment.layout.modality(name).item_shape)
 
 
 def _items(experiment, files) -> dict:
-    """The item of the centre as one row of a batch for a model without a backbone."""
-    cfg, centre = experiment.config.generate, experiment.model.centre
-    if centre not in experiment.model.encoders:
-        return {}
-    if centre in files:
-        item = _read(experiment, centre, files[centre])
-        if not experiment.layout.modality(centre).readable(item):
-            raise UserError(f"config.generate.files: {centre}={files[centre]} holds numbers that are not finite")
-        return {"inputs": {centre: item[None]}}
+    """The items of the centre and of a control as one row of a batch for a model without a backbone."""
+    cfg, centre, found = experiment.config.generate, experiment.model.centre, {}
+    for name in files:
+        item = _read(experiment, name, files[name])
+        if not experiment.layout.modality(name).readable(item):
+            raise UserError(f"config.generate.files: {name}={files[name]} holds numbers that are not finite")
+        found[name] = check_shape(name, experiment.layout.modality(name), item)[None]
+    if centre in found or centre not in experiment.model.encoders:
+        return {"inputs": found} if found else {}
     classes = getattr(experiment.model.encoders[centre], "num_classes", None)
     if _from_file(experiment, centre) or not cfg.text.isdecimal() or (classes and int(cfg.text) >= classes):
         known = f", 0 to {classes - 1}" if classes else ""
@@ -173,7 +180,7 @@ def _items(experiment, files) -> dict:
             f"config.generate.text={cfg.text!r} must be the number of a class{known}; items of {centre} that are more "
             f"than that are given by config.generate.files={centre}=FILE"
         )
-    return {"inputs": {centre: np.array([int(cfg.text)], np.int32)}}
+    return {"inputs": {**found, centre: np.array([int(cfg.text)], np.int32)}}
 
 
 def _row(experiment, inputs, output, files) -> dict:
