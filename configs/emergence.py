@@ -6,6 +6,7 @@ python -m experiments.main --config=configs/emergence.py --workdir=runs/one     
 configs/emergence.py            sums of numbers of three digits in three forms: plain, reversed, scratchpad; their
                                 thresholds in examples, steps, FLOPs, and size
 configs/emergence.py:rates      the same models at other learning rates, one seed: how those of the study were chosen
+configs/emergence.py:digits     the same of numbers of other lengths: where each form is learned at all
 configs/emergence.py:prompted   solved scratchpads in front of the question, for models that never learned any
 configs/emergence.py:modular    sums modulo a prime: generalisation long after the training split is known by heart
 configs/emergence.py:hops       facts of one hop, and questions of two, with and without what lies between
@@ -97,7 +98,7 @@ def addition(c: ConfigDict) -> None:
         "widths": (16, 24, 48),
         "numbers": (2, 3, 4),
         "most_examples": 4800,
-        "learning_rates": {"plain": 1e-2, "reversed": 1e-2, "scratchpad": 1e-2},
+        "learning_rates": {"plain": 5e-3, "reversed": 5e-3, "scratchpad": 1e-2},
         "rates": (2.5e-3, 5e-3, 1e-2, 2e-2),
         "shots": 2,
         "sizes": SIZES,

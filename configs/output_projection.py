@@ -34,7 +34,13 @@ def get_config(arg: str = "") -> ConfigDict:
         return first()
     c = digits.get_config()
     c.title = "Output side: projector and discriminative decoder, diffusion, next-scale prediction"
-    c.study = {**common.STUDY, "module": "experiments.output_projection", "schemes": tuple(SCHEMES), "seeds": 3, "first": ""}
+    c.study = {
+        **common.STUDY,
+        "module": "experiments.output_projection",
+        "schemes": tuple(SCHEMES),
+        "seeds": 3,
+        "first": "",
+    }
     c.model = {}
     c.objective = {"name": "any_to_any", "text": 0.0, "conversion": 0.5, "generation": 10.0, "reconstruction": 3.0}
     c.data.update(tasks=("text->image",), weights=())

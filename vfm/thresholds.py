@@ -101,9 +101,10 @@ def threshold(
 
     groups: which scores belong together, such as those of one run at its checkpoints: whole groups are drawn. Without
     them, the scores at each place are drawn among themselves, where each place has two or more, or else all points.
-    Drawn means are moved away from the measured ones by sqrt(n / (n - 1)), and those of groups further by Student's
-    over the normal quantile, so that few seeds do not make the interval too narrow. A draw that does not cross the level within the places counts as beyond them, so that the end of the
-    interval is inf.
+    Drawn means are moved away from the measured ones by sqrt(n / (n - 1)) and by Student's over the normal quantile,
+    so that few seeds do not make the interval too narrow; the degrees of freedom are those of the groups, or of the
+    scores at all places on the way up. A draw that does not cross the level within the places counts as beyond them,
+    so that the end of the interval is inf.
     Raises UserError as `fit_sigmoid`, and for a level that is not between floor and ceiling.
     """
     t, y = _checked(x, y, log, floor, ceiling)
@@ -216,10 +217,13 @@ def _drawn(where, y, count, means, groups, bootstrap, rng) -> np.ndarray:
     P = len(count)
     if groups is None and (count >= 2).all():
         drawn = np.empty((bootstrap, P))
+        on_the_way = (means > 0.02) & (means < 0.98)
+        wider = _wider((count - 1)[on_the_way].sum())
         for place in range(P):
             scores = y[where == place]
             picked = scores[rng.integers(len(scores), size=(bootstrap, len(scores)))].mean(axis=1)
-            drawn[:, place] = means[place] + (picked - means[place]) * math.sqrt(len(scores) / (len(scores) - 1))
+            inflated = wider * math.sqrt(len(scores) / (len(scores) - 1))
+            drawn[:, place] = means[place] + (picked - means[place]) * inflated
         return drawn
     names = {name: i for i, name in enumerate(dict.fromkeys(groups if groups is not None else range(len(y))))}
     unit = np.array([names[name] for name in (groups if groups is not None else range(len(y)))])
@@ -232,5 +236,9 @@ def _drawn(where, y, count, means, groups, bootstrap, rng) -> np.ndarray:
     n = times @ number
     # A place that no drawn unit has keeps its measured mean.
     drawn = np.where(n > 0, times @ total / np.maximum(n, 1), means)
-    wider = student.ppf(0.975, len(names) - 1) / norm.ppf(0.975)
-    return means + (drawn - means) * math.sqrt(len(names) / (len(names) - 1)) * wider
+    return means + (drawn - means) * math.sqrt(len(names) / (len(names) - 1)) * _wider(len(names) - 1)
+
+
+def _wider(freedom: int) -> float:
+    """How much wider than a normal's is Student's 95 % interval."""
+    return float(student.ppf(0.975, max(freedom, 1)) / norm.ppf(0.975))
