@@ -21,6 +21,8 @@ from vfm.backbones.decoder_only import LLAMA
 VARIANTS = ("smoke", "rates", "digits", "prompted", "modular", "hops")
 SIZES = {"validation": 200, "test": 600}
 SYMBOLS = "0123456789+=,>\n"
+# Of which whole curves are kept.
+MEASURES = ("answer_final_match", "answer_log_likelihood", "answer_edit_distance")
 RELATIONS = ("father", "mother", "friend", "neighbour")
 
 
@@ -113,11 +115,7 @@ def addition(c: ConfigDict) -> None:
     c.optimizer.schedule.warmup_steps = 50
     c.eval.update(every=70, limit=200, test_limit=600, batch_size=200, evaluators=("answers", "course"))
     c.eval.answers = {"generate": True, "marker": ">", "prompts": {}}
-    c.eval.course = {
-        "answer_final_match": {"every": 1},
-        "answer_log_likelihood": {"every": 1},
-        "answer_edit_distance": {"every": 1},
-    }
+    c.eval.course = {name: {"every": 1} for name in MEASURES}
 
 
 def modular(c: ConfigDict) -> None:
@@ -160,8 +158,4 @@ def hops(c: ConfigDict) -> None:
     c.optimizer.schedule.warmup_steps = 50
     c.eval.update(every=125, limit=0, test_limit=0, batch_size=64, evaluators=("answers", "course"))
     c.eval.answers = {"generate": True, "marker": ">", "prompts": {}}
-    c.eval.course = {
-        "answer_final_match": {"every": 1},
-        "answer_log_likelihood": {"every": 1},
-        "answer_edit_distance": {"every": 1},
-    }
+    c.eval.course = {name: {"every": 1} for name in MEASURES}
