@@ -89,6 +89,7 @@ def addition(c: ConfigDict) -> None:
     """Sums of numbers of three digits. All forms have the same FLOPs: the steps of the plain form are study.steps."""
     c.title = "Emergence: addition, plain, reversed, and with a scratchpad"
     c.study = {
+        **common.STUDY,
         "module": "experiments.emergence",
         "series": ("examples", "widths"),
         "seeds": 5,
@@ -121,7 +122,7 @@ def addition(c: ConfigDict) -> None:
 def modular(c: ConfigDict) -> None:
     """a + b modulo p, half of the table, one layer; the learning rate stays at its peak."""
     c.title = "Emergence: delayed generalisation modulo a prime"
-    c.study = {"module": "experiments.grokking", "seeds": 3, "weight_decays": (1.0, 0.0)}
+    c.study = {**common.STUDY, "module": "experiments.grokking", "seeds": 3, "weight_decays": (1.0, 0.0)}
     p = FieldReference(47)
     c.tokenizer = {"name": "symbols", "numbers": p, "symbols": "+-*/=", "separator": " "}
     c.model = model(p + 8, 64, 1, 8)
@@ -140,6 +141,7 @@ def hops(c: ConfigDict) -> None:
     """Facts over a random graph, and questions of two hops: the share of these that the training split has varies."""
     c.title = "Emergence: questions of two hops, with and without what lies between"
     c.study = {
+        **common.STUDY,
         "module": "experiments.emergence",
         "series": ("hops",),
         "seeds": 3,

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     common.check_variant(arg, "task_families", ("smoke", "wide"))
     c = common.base()
     c.title = "Task families: instructions for new tasks, by the number of tasks in training"
-    c.study = {"module": "experiments.task_families", "families": (1, 2, 4, 8, 16), "draws": 5}
+    c.study = {**common.STUDY, "module": "experiments.task_families", "families": (1, 2, 4, 8, 16), "draws": 5}
     c.study.update(controls=("withheld",), control_draws=2)
     c.tokenizer = {"name": "byte", "special": SPECIAL}
     c.model = model(width=64, depth=3, num_heads=4)
