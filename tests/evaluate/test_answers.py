@@ -1,5 +1,7 @@
 """Answers of a small model: by teacher forcing, by greedy decoding, and read one by one."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,17 @@ def test_exact_match_is_that_of_greedy_generation(experiment, params, one_by_one
     assert found["answer_edit_distance"] == pytest.approx(np.mean(distances))
     assert 0 < found["answer_edit_distance"] < 1
     assert found["answer_questions"] == len(dataset)
+
+
+def test_one_wrong_token_is_no_match(experiment, params, monkeypatch):
+    def forced(model, unused, weights, batch):
+        tokens = (np.asarray(batch["loss_mask"]) > 0).sum(axis=1)
+        hits = tokens - np.array([0, 0, 1, 2])[np.arange(len(tokens)) % 4]
+        return {"nll": np.ones(len(tokens)), "hits": hits, "tokens": tokens}
+
+    monkeypatch.setattr(sys.modules["vfm.evaluate.answers"], "_teacher_forcing", forced)
+    assert len(experiment.dataset("test")) % 4 == 0 == experiment.config.eval.batch_size % 4
+    assert answers(experiment, params, {}, "test", None).metrics["answer_exact_match"] == 0.5
 
 
 def levenshtein(a, b):
