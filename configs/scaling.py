@@ -31,7 +31,9 @@ from vfm.backbones.decoder_only import LLAMA
 from vfm.tokenizers.palette import SPECIAL
 
 LENGTH, WINDOW, BYTES, COLORS, GREYS = 128, 16, 259, 8, 16
-SIZES = ((12, 2), (20, 2), (28, 2), (40, 2), (60, 2), (88, 2), (128, 2))  # (width, depth)
+# (width, depth): depth grows with width, as in models of one family; budgets have one smaller and one larger.
+LADDER = ((8, 2), (12, 2), (16, 2), (24, 2), (32, 3), (44, 3), (56, 4), (72, 6), (88, 8))
+SIZES = LADDER[1:-1]
 
 # What each architecture changes in the backbone. Window and kernel reach as far back.
 ARCHITECTURES = {
@@ -156,7 +158,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "sweeps": ("sizes", "data", "budgets") if arg in ("", "shakespeare", "corpus", "smoke") else ("sizes",),
         "seeds": 3,
         "sizes": SIZES,
-        "tokens": 1_500_000,  # of every model of the sweep of sizes
+        "tokens": 4_000_000,  # of every model of the sweep of sizes
         "batch_size": 8,
         "rate": 0.4,  # learning rate × width
         "variations": ((0.5, 1), (2.0, 1), (1.4, 2)),  # (× rate, × batch)
@@ -171,10 +173,10 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         # FLOPs of training, and the sizes of each budget.
         "budgets": (
-            (0.8e11, ((8, 2), (12, 2), (20, 2), (28, 2), (40, 2), (60, 2))),
-            (2e11, ((12, 2), (20, 2), (28, 2), (40, 2), (60, 2), (88, 2))),
-            (5e11, ((20, 2), (28, 2), (40, 2), (60, 2), (88, 2), (128, 2))),
-            (12.5e11, ((28, 2), (40, 2), (60, 2), (88, 2), (128, 2), (180, 2))),
+            (0.8e11, LADDER[:6]),
+            (2e11, LADDER[1:7]),
+            (5e11, LADDER[2:8]),
+            (12.5e11, LADDER[3:]),
         ),
     }
     # What a run is in the study, which sets and reads it. rate: what the rule says; batch: a multiple of the study's.
@@ -188,13 +190,13 @@ def get_config(arg: str = "") -> ConfigDict:
             c.data.dir = FieldReference("")
             c.data.source[field] = c.data.get_ref("dir")
     c.objective = {"name": "next_token"}
-    c.train.update(steps=1500, batch_size=8)
+    c.train.update(steps=3906, batch_size=8)
     c.optimizer.update(learning_rate=0.4 / width, weight_decay=0.1)
-    c.optimizer.schedule.warmup_steps = 75
+    c.optimizer.schedule.warmup_steps = 195
     c.eval.update(every=0, limit=0, batch_size=32)
     c.checkpoint.update(every=0, keep=1, keep_best=0)
     if arg and c.study.sweeps == ("sizes",):  # many of the same sweep: without the largest size
-        c.study.update(sizes=SIZES[:6], tokens=1_000_000, seeds=2, variations=((0.5, 1), (2.0, 1)))
+        c.study.update(sizes=SIZES[:6], tokens=1_500_000, seeds=2, variations=((0.5, 1), (2.0, 1)))
     if arg == "modalities":
         c.study.modalities = OURS
     if arg == "architectures":
