@@ -62,7 +62,8 @@ def ours(args):
 
 
 def theirs(args, params, variables, images, optimizer):
-    """run(steps) -> losses in PyTorch, from the same weights. optimizer: arguments of AdamW."""
+    """(run(steps) -> losses, function -> norm of the last gradient) in PyTorch, from the same weights. optimizer:
+    arguments of AdamW."""
     import numpy as np
     import torch
     from torch import nn
@@ -194,4 +195,7 @@ def theirs(args, params, variables, images, optimizer):
             losses.append((loss + discriminator).detach())
         return [float(loss) for loss in losses]
 
-    return run
+    def norm():
+        return float(nn.utils.get_total_norm([p.grad for p in (*own, *judges) if p.grad is not None]))
+
+    return run, norm

@@ -115,6 +115,7 @@ def control(c: ConfigDict) -> None:
     c.init.match = ((r"(decoders_image/denoiser/)control/(layers/.*)", r"\1transformer/\2"), base)
     c.optimizer.frozen = (base,)
     c.train.steps = 2000
+    c.eval.generation.adherence = "edges"
 
 
 def fashion_mnist(c: ConfigDict) -> None:

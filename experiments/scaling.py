@@ -2,8 +2,8 @@
 
 Loss is that on held-out rows in nats per token, the same rows for all models of a modality. Three sweeps:
 
-Sizes, L(N): models of all sizes, each trained once on the same number of tokens, with `seeds` seeds. The learning rate
-is one constant / width. For the first seed each size is also trained with other rates and batches (`variations`);
+Sizes, L(N): models of all sizes, each trained once on the same number of tokens, with `seeds` seeds; depth grows with
+width. The learning rate is one constant / width. For the first seed each size is also trained with other rates and batches (`variations`);
 where one of them is better, all seeds of the size are moved by the difference that it makes for this seed, so that each
 point is near its best. The table tells how much that was.
 
@@ -365,6 +365,11 @@ def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if error != "":
             what = "… that predicts the largest model within 2 %"
             expect(what, "Hoffmann et al. 2022, section 3", f"{error:+.2f} %", abs(error) <= 2)
+    for row in table:
+        error = row["largest predicted, error in %"]
+        if row["law"] == f"L(N) = E + …, N {COUNTS[0]}" and error != "":
+            what = f"L(N) of {name(row)} with an irreducible loss predicts the largest model within 2 %"
+            expect(what, "Henighan et al. 2020", f"{error:+.2f} %", abs(error) <= 2)
     for row in table:
         if row["law"] in (f"L(N), N {COUNTS[0]}", "L(D)") and row["cells"].fit is not None:
             law = row["law"].partition(",")[0]

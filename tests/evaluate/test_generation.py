@@ -1,5 +1,7 @@
 """The evaluator of what models draw."""
 
+import copy
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from tests.evaluate.autoencoders import build, config
 from vfm.data.image import Digits
 from vfm.errors import UserError
 from vfm.evaluate import generation as evaluator
-from vfm.evaluate.generation import _bits_per_dim, _draw
+from vfm.evaluate.generation import _adherence, _bits_per_dim, _draw
 
 HERE = "tests.evaluate.autoencoders"
 
@@ -50,6 +52,17 @@ def test_settings_reach_the_sampler_and_are_seen_in_every_metric():
     assert all(1 < len(row) <= 9 and row[1][1].max() < 0.1 for row in rows)
 
 
+def controlled(**settings):
+    """An experiment whose model draws under edges."""
+    c = copy.deepcopy(diffusing(17).config)
+    with c.unlocked():
+        c.eval.generation.update(settings)
+        c.model.decoders.image.update(control={"from": "edges"})
+        c.model.decoders.image.network.update(control_depth=1, patch_size=2)
+        c.data.source = {"name": "edges", "source": {"name": "digits"}}
+    return build(c)
+
+
 def diffusing(levels, **settings):
     network = {"name": "dit", "width": 8, "depth": 1, "num_heads": 1, "mlp_dim": 8, "frequencies": 4}
     process = {"name": "gaussian", "timesteps": 3, "levels": levels}
@@ -79,6 +92,37 @@ def test_bits_per_dimension_are_the_decoders_bound_over_real_items():
         bits.append(bound(digits.labels[rows], digits.images[rows], jax.random.fold_in(jax.random.key(0), i)))
     expected = np.concatenate([bits[0], bits[1][:8]]).mean()
     assert found == pytest.approx(expected, rel=1e-5) and expected > 0.1
+
+
+def test_adherence_is_the_correlation_of_what_was_given_and_what_is_read_from_the_item():
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(200, 4, 4, 1))
+    read = lambda item: 2 * item + 3
+    assert _adherence(read, given, given) == pytest.approx(1)
+    assert _adherence(read, -given, given) == pytest.approx(-1)
+    assert abs(_adherence(read, rng.permutation(given), given)) < 0.1
+    assert _adherence(read, np.zeros_like(given), given) == 0
+
+
+@pytest.mark.slow
+def test_adherence_is_that_without_control_until_the_branch_has_learned():
+    e = controlled(adherence="edges", features="pixels")
+    state = e.init_state()
+    rng = np.random.default_rng(0)
+    leaves, shape = jax.tree.flatten(state.params)
+    params = jax.tree.unflatten(shape, [leaf + rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype) for leaf in leaves])
+    network = params["decoders_image"]["denoiser"]
+
+    def adherence():
+        found = evaluator(e, params, state.variables, "test", 20).metrics
+        return found["sample_image_adherence"], found["sample_image_adherence_uncontrolled"]
+
+    trained = network.pop("control_out")
+    network["control_out"] = jax.tree.map(np.zeros_like, trained)
+    assert len(set(adherence())) == 1
+    free = adherence()[1]
+    network["control_out"] = trained
+    assert adherence()[0] != free == adherence()[1]
 
 
 def test_bits_are_of_items_with_the_levels_of_the_process():
@@ -114,6 +158,8 @@ def test_densities():
     [
         ({"brightnes": 1.0}, "unknown field 'brightnes' in config.eval.generation; did you mean 'brightness'"),
         ({"density": "priors"}, "unknown density 'priors'.*did you mean 'prior'"),
+        ({"adherence": "edge"}, "unknown adherence 'edge' in config.eval.generation.adherence; did you mean 'edges'"),
+        ({"adherence": "edges"}, "adherence='edges' needs a decoder with a control"),
         ({"features": "nowhere"}, "pixels, judge or a folder.='nowhere' is not the folder of a run"),
     ],
 )

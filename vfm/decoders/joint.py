@@ -105,18 +105,24 @@ def joint_losses(
     train: bool,
 ) -> tuple[dict[str, dict[str, jax.Array]], dict[str, jax.Array]]:
     """The terms of the loss {X: {name: float32[B]}} of items that are noisy at one time, and embeddings
-    {X: float32[B, D]} of what the environment encoders see of them."""
+    {X: float32[B, D]} of what the environment encoders see of them.
+
+    The embeddings are to be compared within the batch, so they are of the same items at one time for all rows: with a
+    time for each row, it alone would tell which items belong together.
+    """
     dynamics = next(iter(decoders.values())).dynamics
-    when, dropped, how = jax.random.split(rng, 3)
+    when, dropped, how, once = jax.random.split(rng, 4)
     x0, given, noise, noisy, tokens, embeddings, losses = {}, {}, {}, {}, {}, {}, {}
     for i, (name, decoder) in enumerate(decoders.items()):
         x0[name], given[name] = decoder.prepare(conditions[name], items[name], dropped, train=train)
         noise[name] = jax.random.normal(jax.random.fold_in(how, i), x0[name].shape, x0[name].dtype)
     t = dynamics.draw_times(when, len(next(iter(x0.values()))))
+    same = jnp.broadcast_to(dynamics.draw_times(once, 1), t.shape)
     for name, decoder in decoders.items():
         noisy[name] = dynamics.noised(x0[name], t, noise[name])
-        tokens[name], out = decoder.environment_encoder(*noisy[name], train=train)
-        embeddings[name] = out["embedding"]
+        tokens[name], _ = decoder.environment_encoder(*noisy[name], train=train)
+        alike = dynamics.noised(x0[name], same, noise[name])
+        embeddings[name] = decoder.environment_encoder(*alike, train=train)[1]["embedding"]
     seen = _environments(tokens)
     for name, decoder in decoders.items():
         more = {"control": controls[name], "environment": seen[name]}

@@ -8,15 +8,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vfm.data.edges import edges
 from vfm.data.pairs import Task
 from vfm.errors import UserError, unknown
 from vfm.evaluate import Evaluation, cell, distance, fewest, spaces
 from vfm.evaluate.judge import Judge
 from vfm.evaluate.reconstruction import decoder, nearest_codes, reader
 from vfm.model import INPUTS
-from vfm.wiring import autoencoded, generative, labels
+from vfm.wiring import autoencoded, controls, generative, labels
 
-OPTIONS = {"features": "pixels", "neighbours": 3, "density": "", "components": 10, "shown": 8, "seed": 0, "bits": 0}
+OPTIONS = {
+    "features": "pixels", "neighbours": 3, "density": "", "components": 10, "shown": 8, "seed": 0, "bits": 0,
+    "adherence": "",
+}  # fmt: skip
+ADHERENCES = {"edges": edges}  # how a control is read from an item float[*item_shape]
 DENSITIES = ("", "prior", "gaussian", "mixture")
 GIVEN = ("self", "condition", "rng", "batch_size")  # arguments of `sample` that no config sets
 WHERE = "config.eval.generation"
@@ -30,6 +35,7 @@ class Drawn(NamedTuple):
     real: np.ndarray
     labels: np.ndarray | None
     seconds: float
+    controls: np.ndarray | None = None  # what controlled them, float[n, *item_shape of the control]
 
 
 def _options(experiment) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,6 +91,11 @@ def check_generation(experiment) -> None:
             f"{WHERE}.bits={own['bits']} needs a decoder that bounds the likelihood of items: 'diffusion' with a "
             "Gaussian process on the items themselves"
         )
+    if own["adherence"]:
+        if own["adherence"] not in ADHERENCES:
+            raise unknown("adherence", own["adherence"], ADHERENCES, f"{WHERE}.adherence")
+        if not any(name in controls(experiment.model) for _, name, _ in wanted):
+            raise UserError(f"{WHERE}.adherence={own['adherence']!r} needs a decoder with a control")
 
 
 def _has_likelihood(model, name: str) -> bool:
@@ -102,6 +113,9 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
       sample_{X}_seconds     per item, without compilation
       sample_{X}_bits_per_dim   with `bits`: the bound on -log2 of the probability of the real items, per number in
                              them, under their conditions (Ho et al. 2020, eq. 5)
+      sample_{X}_adherence, _adherence_uncontrolled   with `adherence`: the correlation of the control that was given and
+                             the one read from the drawn item, mean over items; the same of items that are drawn from
+                             the same noise and conditions without the control
 
     With a backbone the name is {inputs}_to_{X}_… for every task of the data that ends in a modality with a decoder, be
     it generative or not. An autoencoder without a backbone draws latents from a density: "prior", the standard normal
@@ -111,8 +125,8 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
 
     Options in config.eval.generation: features ("pixels", "judge", or the folder of a run), neighbours (k of precision
     and recall), density, components, shown (items of a class in the report), seed, bits (rows for the bound, which
-    takes as many passes as the process has steps; 0: none); and the settings of the decoder's `sample`, such as steps,
-    guidance, temperature.
+    takes as many passes as the process has steps; 0: none), adherence (how a control is read from an item: "edges");
+    and the settings of the decoder's `sample`, such as steps, guidance, temperature.
     """
     own, settings = _options(experiment)
     weights = {"params": params, **variables}
@@ -131,6 +145,11 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
         if judge is not None and drawn.labels is not None:
             measured[f"{prefix}_agreement"] = judge.accuracy(drawn.items, drawn.labels)
             measured[f"judge_{name}_accuracy"] = judge.accuracy(drawn.real, drawn.labels)
+        if own["adherence"] and drawn.controls is not None:
+            free = _from_conditions(experiment, weights, own, settings, name, task, split, limit, controlled=False)
+            for ending, found in (("", drawn), ("_uncontrolled", free)):
+                score = _adherence(ADHERENCES[own["adherence"]], found.items, drawn.controls)
+                measured[f"{prefix}_adherence{ending}"] = score
         if own["bits"] and _has_likelihood(experiment.model, name):
             bits = _bits_per_dim(experiment, weights, own["seed"], name, task, split, fewest(limit, own["bits"]))
             measured[f"{prefix}_bits_per_dim"] = bits
@@ -166,18 +185,21 @@ def drawer(experiment, name: str, settings: Mapping[str, Any]):
     return experiment.jit(draw)
 
 
-def _from_conditions(experiment, weights, own, settings, name, task, split, limit) -> Drawn:
-    """What the model draws for the rows of the split."""
+def _from_conditions(experiment, weights, own, settings, name, task, split, limit, controlled=True) -> Drawn:
+    """What the model draws for the rows of the split; controlled: with the decoder's control, if it has one."""
     model = experiment.model
+    control = controls(model).get(name)
     overrides = {} if task is None else {"task": task}
     truth = experiment.dataset(split, **overrides)
     asked = truth if task is None else experiment.dataset(split, task=task, answer=False)
     conditioned = model.backbone is not None or model.centre in model.encoders
     step, key = drawer(experiment, name, settings), jax.random.key(own["seed"])
-    items, real, found, seconds = [], [], [], 0.0
+    items, real, found, given, seconds = [], [], [], [], 0.0
     for i, ((host, batch), (full, _)) in enumerate(
         zip(experiment.eval_batches(asked, limit), experiment.eval_batches(truth, limit), strict=True)
     ):
+        if control and not controlled:
+            batch = {**batch, "inputs": {of: x for of, x in batch["inputs"].items() if of != control}}
         call = (weights, batch, jax.random.fold_in(key, i))
         if not i:
             jax.block_until_ready(step(*call))  # compiles
@@ -189,7 +211,20 @@ def _from_conditions(experiment, weights, own, settings, name, task, split, limi
         real.append(full["inputs"][name][rows, -1])
         if conditioned and "label" in host:
             found.append(host["label"].reshape(len(rows), -1)[rows, -1])
-    return Drawn(np.concatenate(items), np.concatenate(real), np.concatenate(found) if found else None, seconds)
+        if control and controlled:
+            given.append(host["inputs"][control][rows, -1])
+    joined = lambda parts: np.concatenate(parts) if parts else None
+    return Drawn(joined(items), joined(real), joined(found), seconds, joined(given))
+
+
+def _adherence(read, items: np.ndarray, given: np.ndarray) -> float:
+    """The correlation of a control and the one that is read from the item, mean over items; 0 where one is constant."""
+    score = []
+    for item, control in zip(items, given, strict=True):
+        a, b = (x.reshape(-1).astype(np.float64) - x.mean(dtype=np.float64) for x in (read(item), control))
+        size = np.sqrt((a @ a) * (b @ b))
+        score.append(a @ b / size if size else 0.0)
+    return float(np.mean(score))
 
 
 def _bits_per_dim(experiment, weights, seed: int, name: str, task: str | None, split: str, rows: int) -> float:
