@@ -11,8 +11,9 @@ alone, since AdamW's first steps are signs of the gradient and codes change by j
 compared at three weights, those of the start and ours after one and two steps. PyTorch runs `transformers`' model with
 scaled_dot_product_attention, eager and with torch.compile; the VQGAN (`benchmarks.torch_vqgan`) is eager only. Both
 towers of CLIP have the given width, depth and heads. Rounds alternate between the sides, so that other load on the
-machine meets both; the median over the rounds is reported, in wall time and in CPU time of the process. Needs
-`.[parity]`.
+machine meets both; the median over the rounds is reported, in wall time and in CPU time of the process. Both sides
+meet the same allocator: that of runs here (`vfm.allocator`), or with --allocator=system the C library's as it is, which
+is PyTorch's usual one. Needs `.[parity]`.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 
 from benchmarks import torch_dit, torch_vqgan
+from vfm.allocator import keep_freed_memory
 
 
 def arguments():
@@ -33,6 +35,7 @@ def arguments():
     for name, default in (("steps", 10), ("rounds", 5), ("threads", os.cpu_count() or 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--allocator", choices=("kept", "system"), default="kept")
     return parser.parse_args()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from experiments import command_line
+from vfm.allocator import keep_freed_memory
 from vfm.errors import UserError
 
 
@@ -34,6 +35,7 @@ def cli(
             print(usage)
         else:
             _log(options.verbosity)
+            keep_freed_memory()
             start(options.config, options.workdir)
         return 0
     except (Exception, KeyboardInterrupt) as error:
