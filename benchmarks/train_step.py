@@ -204,6 +204,8 @@ def main():
     args = arguments()
     if args.threads == 1:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    if args.allocator == "kept":
+        keep_freed_memory()
     runs = vqgan_sides(args) if args.model == "vqgan" else transformers_sides(args)
     wall: dict[str, list] = {name: [] for name in runs}
     cpu: dict[str, list] = {name: [] for name in runs}

@@ -3,9 +3,9 @@
 Loss is that on held-out rows in nats per token, the same rows for all models of a modality. Three sweeps:
 
 Sizes, L(N): models of all sizes, each trained once on the same number of tokens, with `seeds` seeds; depth grows with
-width. The learning rate is one constant / width. For the first seed each size is also trained with other rates and batches (`variations`);
-where one of them is better, all seeds of the size are moved by the difference that it makes for this seed, so that each
-point is near its best. The table tells how much that was.
+width. The learning rate is one constant / width. For the first seed each size is also trained with other rates and
+batches (`variations`); where one of them is better, all seeds of the size are moved by the difference that it makes for
+this seed, so that each point is near its best. The table tells how much that was.
 
 Data, L(D): one model on training sets of different size, a lower one a part of a higher one, for few and for many
 passes; the best validation loss on the course of both counts (early stopping).

@@ -171,7 +171,7 @@ class VFM(nn.Module):
                 hidden = gather(x, at, self.signals[name].shape[0])
                 found = self._generate(name, hidden, at.shape, inputs, train, name in jointly)
                 out[name] = {**out.get(name, {}), **found}
-        self._joint_losses(jointly, inputs, train, out)
+        together.put_losses(self, jointly, inputs, train, out)
         for name, which in masked.items():
             hidden = self._project_out(name, gather(x, starts[name], which.shape[2]), train)
             out[name]["recovered"] = hidden.reshape(*which.shape[:2], *hidden.shape[1:])
@@ -279,7 +279,7 @@ class VFM(nn.Module):
             else:
                 continue
             out[name] = {**out.get(name, {}), **found}
-        self._joint_losses(jointly, inputs, train, out)
+        together.put_losses(self, jointly, inputs, train, out)
         return (self._label(summary, None, train, out) if summary is not None else None), out
 
     def _reconstruct(self, name, features, items, train, out):
@@ -293,28 +293,6 @@ class VFM(nn.Module):
         names = self.joint["modalities"] if self.joint is not None else ()
         ready = self.has_rng("noise") or self.is_initializing()
         return names if ready and all(name in inputs and name in generated for name in names) else ()
-
-    def _joint_losses(self, names, inputs, train, out):
-        """Puts the losses of joint generation into out[X], and what else it gives into out["joint"]."""
-        if not names:
-            return
-        lead = inputs[names[0]].shape[:2]
-        for name in names:
-            if inputs[name].shape[:2] != lead:
-                raise UserError(
-                    f"the batch has {list(inputs[name].shape[:2])} items of {name} and {list(lead)} of {names[0]}; "
-                    "what is generated together must be as many"
-                )
-        flat = lambda x: None if x is None else x.reshape(-1, *x.shape[2:])
-        of = lambda field: {name: flat(out[name].get(field)) for name in names}
-        items = {name: flat(inputs[name]) for name in names}
-        decoders = {name: self.decoders[name] for name in names}
-        rng = self.make_rng("noise")
-        losses, seen = together.joint_losses(decoders, of("condition"), items, of("control"), rng=rng, train=train)
-        for name in names:
-            out[name]["losses"] = {term: loss.reshape(lead) for term, loss in losses[name].items()}
-        embeddings = {name: x.reshape(*lead, -1) for name, x in seen.items()}
-        out["joint"] = {"embeddings": embeddings, "scale": 1 / self.joint["temperature"]}
 
     def _generate(self, name, hidden, lead, inputs, train, jointly=False):
         """What `out` holds of the items [B, N, …] generated from hidden float[B·N, K, D], or from nothing (None).
@@ -368,19 +346,7 @@ class VFM(nn.Module):
 
         Arguments as in `sample`.
         """
-        if self.joint is None:
-            raise UserError("VFM.sample_joint needs model.joint, which names the modalities that are drawn together")
-        names = self.joint["modalities"]
-        flat = lambda x: None if x is None else x.reshape(-1, *x.shape[2:])
-        given = {field: {n: out.get(n, {}).get(field) for n in names} for field in ("condition", "control")}
-        leads = {x.shape[:2] for found in given.values() for x in found.values() if x is not None}
-        if len(leads) > 1:
-            raise UserError(f"VFM.sample_joint: what is drawn together must be as many, not {sorted(leads)} items")
-        lead = leads.pop() if leads else (batch_size or 1, 1)
-        conditions, controls = ({n: flat(x) for n, x in found.items()} for found in given.values())
-        decoders = {name: self.decoders[name] for name in names}
-        items = together.joint_sample(decoders, conditions, controls, rng=rng, batch_size=math.prod(lead), **settings)
-        return {name: x.reshape(*lead, *x.shape[1:]) for name, x in items.items()}
+        return together.draw(self, out, rng=rng, batch_size=batch_size, **settings)
 
     def discriminate(self, name: str, items: jax.Array, *, train: bool):
         """Logits of the discriminator of a modality for items float[B, N, *item_shape]: (float[B·N, …], its dict)."""

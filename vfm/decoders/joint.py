@@ -174,3 +174,49 @@ def joint_sample(
     options = next(iter(how.values())) | {"clip": jnp.concatenate(limits)[None]}
     drawn = cut(dynamics.sample(together, x, jax.random.fold_in(rng, len(decoders)), **options))
     return {name: decoder._outside(drawn[name]) for name, decoder in decoders.items()}
+
+
+def _flat(x: jax.Array | None) -> jax.Array | None:
+    """Items of all rows in one axis: [B, N, …] -> [B·N, …]."""
+    return None if x is None else x.reshape(-1, *x.shape[2:])
+
+
+def put_losses(
+    model, names: tuple[str, ...], inputs: Mapping[str, jax.Array], train: bool, out: dict[str, Any]
+) -> None:
+    """Puts what `joint_losses` gives of the items of a `VFM`, float[B, N, *item_shape], into its out[X] and
+    out["joint"]; names: the modalities, or none."""
+    if not names:
+        return
+    lead = inputs[names[0]].shape[:2]
+    for name in names:
+        if inputs[name].shape[:2] != lead:
+            raise UserError(
+                f"the batch has {list(inputs[name].shape[:2])} items of {name} and {list(lead)} of {names[0]}; "
+                "what is generated together must be as many"
+            )
+    of = lambda field: {name: _flat(out[name].get(field)) for name in names}
+    items = {name: _flat(inputs[name]) for name in names}
+    decoders = {name: model.decoders[name] for name in names}
+    rng = model.make_rng("noise")
+    losses, seen = joint_losses(decoders, of("condition"), items, of("control"), rng=rng, train=train)
+    for name in names:
+        out[name]["losses"] = {term: loss.reshape(lead) for term, loss in losses[name].items()}
+    embeddings = {name: x.reshape(*lead, -1) for name, x in seen.items()}
+    out["joint"] = {"embeddings": embeddings, "scale": 1 / model.joint["temperature"]}
+
+
+def draw(model, out: Mapping[str, Any], *, rng: jax.Array, batch_size: int | None, **settings) -> dict[str, jax.Array]:
+    """`VFM.sample_joint`."""
+    if model.joint is None:
+        raise UserError("VFM.sample_joint needs model.joint, which names the modalities that are drawn together")
+    names = model.joint["modalities"]
+    given = {field: {name: out.get(name, {}).get(field) for name in names} for field in ("condition", "control")}
+    leads = {x.shape[:2] for found in given.values() for x in found.values() if x is not None}
+    if len(leads) > 1:
+        raise UserError(f"VFM.sample_joint: what is drawn together must be as many, not {sorted(leads)} items")
+    lead = leads.pop() if leads else (batch_size or 1, 1)
+    conditions, controls = ({name: _flat(x) for name, x in found.items()} for found in given.values())
+    decoders = {name: model.decoders[name] for name in names}
+    items = joint_sample(decoders, conditions, controls, rng=rng, batch_size=math.prod(lead), **settings)
+    return {name: x.reshape(*lead, *x.shape[1:]) for name, x in items.items()}

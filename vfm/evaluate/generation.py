@@ -113,9 +113,9 @@ def generation(experiment, params, variables, split: str, limit: int | None) -> 
       sample_{X}_seconds     per item, without compilation
       sample_{X}_bits_per_dim   with `bits`: the bound on -log2 of the probability of the real items, per number in
                              them, under their conditions (Ho et al. 2020, eq. 5)
-      sample_{X}_adherence, _adherence_uncontrolled   with `adherence`: the correlation of the control that was given and
-                             the one read from the drawn item, mean over items; the same of items that are drawn from
-                             the same noise and conditions without the control
+      sample_{X}_adherence, _adherence_uncontrolled   with `adherence`: the correlation of the control that was given
+                             and the one read from the drawn item, mean over items; the same of items that are drawn
+                             from the same noise and conditions without the control
 
     With a backbone the name is {inputs}_to_{X}_… for every task of the data that ends in a modality with a decoder, be
     it generative or not. An autoencoder without a backbone draws latents from a density: "prior", the standard normal
