@@ -108,6 +108,9 @@ def addition(c: ConfigDict) -> None:
     }
     c.tokenizer = {"name": "symbols", "symbols": SYMBOLS}
     c.model = model(len(SYMBOLS) + 3, 48, 2, 128)
+    # Which digits belong together is a matter of their places, as in the models of Lee et al. (2023). With rotary
+    # positions, which tell distances, reversed sums stay on a plateau: their digits are ever farther from the answer's.
+    c.model.backbone.positions = "learned"
     source = {"name": "addition", "digits": 3, "form": "plain", "examples": 4800, "seed": 0}
     source |= {"lengths": "exact", "sizes": SIZES}
     c.data = {"name": "questions", "source": source, "length": 14, "shots": 0, "loss": "answer", **common.DATA}
