@@ -101,7 +101,7 @@ def addition(c: ConfigDict) -> None:
         "widths": (16, 24, 48),
         "numbers": (2, 3, 4),
         "most_examples": 4800,
-        "learning_rates": {"plain": 5e-3, "reversed": 5e-3, "scratchpad": 1e-2},
+        "learning_rates": {"plain": 1e-2, "reversed": 1e-2, "scratchpad": 1e-2},
         "rates": (2.5e-3, 5e-3, 1e-2, 2e-2),
         "shots": 2,
         "sizes": SIZES,
