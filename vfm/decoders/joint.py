@@ -107,22 +107,22 @@ def joint_losses(
     """The terms of the loss {X: {name: float32[B]}} of items that are noisy at one time, and embeddings
     {X: float32[B, D]} of what the environment encoders see of them.
 
-    The embeddings are to be compared within the batch, so they are of the same items at one time for all rows: with a
-    time for each row, it alone would tell which items belong together.
+    The embeddings are to be compared within the batch, so they are of the items without noise: with a time for each
+    row, that alone would tell which items belong together, and at one time for all rows little tells it at most times,
+    where embeddings that are all the same are best.
     """
     dynamics = next(iter(decoders.values())).dynamics
-    when, dropped, how, once = jax.random.split(rng, 4)
+    when, dropped, how = jax.random.split(rng, 3)
     x0, given, noise, noisy, tokens, embeddings, losses = {}, {}, {}, {}, {}, {}, {}
     for i, (name, decoder) in enumerate(decoders.items()):
         x0[name], given[name] = decoder.prepare(conditions[name], items[name], dropped, train=train)
         noise[name] = jax.random.normal(jax.random.fold_in(how, i), x0[name].shape, x0[name].dtype)
     t = dynamics.draw_times(when, len(next(iter(x0.values()))))
-    same = jnp.broadcast_to(dynamics.draw_times(once, 1), t.shape)
+    clean = jnp.zeros(t.shape)  # the time of data, as networks read it
     for name, decoder in decoders.items():
         noisy[name] = dynamics.noised(x0[name], t, noise[name])
         tokens[name], _ = decoder.environment_encoder(*noisy[name], train=train)
-        alike = dynamics.noised(x0[name], same, noise[name])
-        embeddings[name] = decoder.environment_encoder(*alike, train=train)[1]["embedding"]
+        embeddings[name] = decoder.environment_encoder(x0[name], clean, train=train)[1]["embedding"]
     seen = _environments(tokens)
     for name, decoder in decoders.items():
         more = {"control": controls[name], "environment": seen[name]}
