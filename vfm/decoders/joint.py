@@ -1,4 +1,4 @@
-"""Joint generation: diffusion decoders that see what the others are drawing (CoDi, Tang et al. 2023, section 3.4).
+"""Joint generation: diffusion decoders that see what the others are drawing (CoDi, Tang et al. 2023).
 
 All items go from noise to data at the same time t. Each denoiser has an attention more, over the other items as they
 are at t, which an environment encoder of each modality brings into one space. Only these encoders and attentions have
