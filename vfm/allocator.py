@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Lets the process keep the memory that it frees. -> whether it does from now on.
 
     A step of a program of XLA takes its buffers anew and frees them. glibc gives large ones back to the system at once,
-    which has to fill them with zeros, page by page, when the next step takes them: a sixth to a third of a training
+    which has to fill them with zeros, page by page, when the next step takes them: a tenth to a third of a training
     step (`benchmarks.train_step --allocator=system`). What the process holds stays at its peak.
 
     Only for Linux with glibc, without a plug-in of JAX for an accelerator, where buffers are the device's; and not if
