@@ -37,6 +37,10 @@ CASES = {  # name: (config, variant, changes)
 
 def case(name: str) -> dict[str, float]:
     """Plans and measures one case in this process."""
+    from vfm.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as runs do, and before JAX starts threads
+
     import jax
     import numpy as np
 

@@ -18,7 +18,7 @@ its 95 % interval, from a bootstrap over seeds. Learning rates are those that we
 
 Prompted (`:prompted`): models that were trained on plain answers alone are shown solved scratchpads in front of the
 question. Beside it the same with as many plain examples in front, and models that have seen such rows of examples in
-their training.
+their training; the others have never seen positions so far behind, which are learned, and are only their control.
 
 The survey says that chains of thought make the point of emergence come earlier.
 """

@@ -28,6 +28,7 @@ def cli(
     start: what to do with config and workdir; usage: the text of --help.
     0: done. 2: bad input, told in one line on stderr. 130: Ctrl-C. All other exceptions are bugs and go up.
     """
+    keep_freed_memory()  # before a config imports JAX: what is held by then stays apart, and the peak is higher
     options = None
     try:
         options = command_line.parse(sys.argv[1:] if argv is None else argv)
@@ -35,7 +36,6 @@ def cli(
             print(usage)
         else:
             _log(options.verbosity)
-            keep_freed_memory()
             start(options.config, options.workdir)
         return 0
     except (Exception, KeyboardInterrupt) as error:

@@ -8,18 +8,24 @@ import pytest
 
 from vfm import allocator
 
-# Page faults of a buffer that is taken and freed again and again; then whether the allocator was set.
+# Page faults of buffers that a thread takes and frees again and again, as programs of XLA do; then whether the
+# allocator was set. Each is too small for numpy to ask for huge pages.
 PROGRAM = """
-import resource, sys
+import resource, sys, threading
 import numpy as np
 from vfm.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "kept" else None
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-np.ones(2**24)
-before = faults()
-for _ in range(5):
-    np.ones(2**24)
-print(faults() - before, kept)
+found = []
+def work():
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        buffers = [np.ones(2**18) for _ in range(40)]
+        del buffers
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(sum(found[1:]), kept)
 """
 
 
