@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
 
     A step of a program of XLA takes its buffers anew and frees them. glibc gives large ones back to the system at once,
     which has to fill them with zeros, page by page, when the next step takes them: a tenth to a third of a training
-    step (`benchmarks.train_step --allocator=system`). What the process holds stays at its
-    peak, which is higher where buffers leave gaps: 1.86 GB in place of 1.33 GB in a run of `configs/lm.py` without remat.
+    step (`benchmarks.train_step --allocator=system`). What the process holds stays at its peak, which can be higher,
+    for buffers leave gaps: 1.86 GB in place of 1.33 GB in a run of `configs/lm.py` without remat.
 
     Only for Linux with glibc, without a plug-in of JAX for an accelerator, where buffers are the device's; and not if
     the environment sets the allocator (`MALLOC_…`). To be called before JAX is imported.
