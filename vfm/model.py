@@ -57,8 +57,8 @@ class VFM(nn.Module):
     features just named. The call gives the terms of its loss for the items of `inputs`, if there is an rng "noise";
     `sample` draws items. joint: {modalities, temperature} of diffusion decoders whose items are drawn together, by
     `sample_joint` (CoDi, see `vfm.decoders.joint`). Where a call generates an item of each of them, their losses are
-    those of joint generation, and out["joint"] has embeddings {X: float32[B, N, E]} of what the decoders see of each
-    other, and the scale of their products; `sample` draws one of them alone.
+    those of joint generation, and out["joint"] has embeddings {"noisy", "clean": {X: float32[B, N, E]}} of what the
+    decoders see of each other, and the scale of their products; `sample` draws one of them alone.
 
     Args of the call (B rows, T sequence positions, N items of a modality per row):
       tokens: int32[B, T]; any value where no text stands. None: a model or a call without text.

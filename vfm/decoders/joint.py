@@ -104,16 +104,16 @@ def joint_losses(
     rng: jax.Array,
     train: bool,
 ) -> tuple[dict[str, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """The terms of the loss {X: {name: float32[B]}} of items that are noisy at one time, and embeddings
-    {X: float32[B, D]} of what the environment encoders see of them.
+    """The terms of the loss {X: {name: float32[B]}} of items that are noisy at one time, and embeddings {"noisy",
+    "clean": {X: float32[B, D]}} of what the environment encoders see of them, at that time and without noise.
 
-    The embeddings are to be compared within the batch, so they are of the items without noise: with a time for each
-    row, that alone would tell which items belong together, and at one time for all rows little tells it at most times,
-    where embeddings that are all the same are best.
+    Of the embeddings that are to be compared within the batch, at least one is to be of items without noise: of two
+    noisy ones the time, which is that of their row, would tell which belong together.
     """
     dynamics = next(iter(decoders.values())).dynamics
     when, dropped, how = jax.random.split(rng, 3)
-    x0, given, noise, noisy, tokens, embeddings, losses = {}, {}, {}, {}, {}, {}, {}
+    x0, given, noise, noisy, tokens, losses = {}, {}, {}, {}, {}, {}
+    embeddings = {"noisy": {}, "clean": {}}
     for i, (name, decoder) in enumerate(decoders.items()):
         x0[name], given[name] = decoder.prepare(conditions[name], items[name], dropped, train=train)
         noise[name] = jax.random.normal(jax.random.fold_in(how, i), x0[name].shape, x0[name].dtype)
@@ -121,8 +121,9 @@ def joint_losses(
     clean = jnp.zeros(t.shape)  # the time of data, as networks read it
     for name, decoder in decoders.items():
         noisy[name] = dynamics.noised(x0[name], t, noise[name])
-        tokens[name], _ = decoder.environment_encoder(*noisy[name], train=train)
-        embeddings[name] = decoder.environment_encoder(x0[name], clean, train=train)[1]["embedding"]
+        tokens[name], found = decoder.environment_encoder(*noisy[name], train=train)
+        embeddings["noisy"][name] = found["embedding"]
+        embeddings["clean"][name] = decoder.environment_encoder(x0[name], clean, train=train)[1]["embedding"]
     seen = _environments(tokens)
     for name, decoder in decoders.items():
         more = {"control": controls[name], "environment": seen[name]}
@@ -202,7 +203,7 @@ def put_losses(
     losses, seen = joint_losses(decoders, of("condition"), items, of("control"), rng=rng, train=train)
     for name in names:
         out[name]["losses"] = {term: loss.reshape(lead) for term, loss in losses[name].items()}
-    embeddings = {name: x.reshape(*lead, -1) for name, x in seen.items()}
+    embeddings = {kind: {name: x.reshape(*lead, -1) for name, x in found.items()} for kind, found in seen.items()}
     out["joint"] = {"embeddings": embeddings, "scale": 1 / model.joint["temperature"]}
 
 

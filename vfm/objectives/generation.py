@@ -40,12 +40,21 @@ def generation_terms(
 
 
 def _contrast(joint: Mapping[str, Any], batch: Mapping[str, Any]) -> metrics.Metric:
-    """InfoNCE of the embeddings {X: float32[B, N, E]} of what is generated together, mean over pairs of modalities."""
-    seen = joint["embeddings"]
+    """InfoNCE of the embeddings {"noisy", "clean": {X: float32[B, N, E]}} of what is generated together.
+
+    The mean over pairs of modalities: both without noise, and either noisy. What is drawn is seen through its noise,
+    which the losses of the noise teach slowly.
+    """
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    mask = flat(jnp.stack([_mask(x[..., 0], batch, name) for name, x in seen.items()]).min(axis=0)[..., None])[:, 0]
-    pairs = [infonce(flat(seen[a]), flat(seen[b]), joint["scale"], mask)[0] for a, b in combinations(sorted(seen), 2)]
-    return metrics.mean(jnp.stack(pairs).mean(axis=0), mask)
+    noisy, clean = ({name: flat(x) for name, x in joint["embeddings"][kind].items()} for kind in ("noisy", "clean"))
+    each = [_mask(x[..., 0], batch, name) for name, x in joint["embeddings"]["clean"].items()]
+    mask = flat(jnp.stack(each).min(axis=0)[..., None])[:, 0]
+    found = [
+        infonce(ours[a], theirs[b], joint["scale"], mask)[0]
+        for a, b in combinations(sorted(clean), 2)
+        for ours, theirs in ((clean, clean), (noisy, clean), (clean, noisy))
+    ]
+    return metrics.mean(jnp.stack(found).mean(axis=0), mask)
 
 
 def _mask(loss: jnp.ndarray, batch: Mapping[str, Any], modality: str) -> jnp.ndarray:
