@@ -239,15 +239,17 @@ def _series(rows: Sequence[Mapping[str, Any]], amount: str) -> list[list[int]]:
 def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The survey's claim and others, beside what was seen."""
     rows = []
-    for column in ("50 % at examples", "50 % at parameters", "50 % at FLOPs"):
+    lengths = sorted({row.get("digits") for row in table}, key=str)
+    for column, digits in itertools.product(("50 % at examples", "50 % at parameters", "50 % at FLOPs"), lengths):
         for form, base in STEPS.items():
-            ours, theirs = (_of_form(table, name, column) for name in (form, base))
+            ours, theirs = (_of_form(table, name, column, digits) for name in (form, base))
             if ours is None or theirs is None:
                 continue
+            of = f", numbers of {digits} digits" if len(lengths) > 1 else ""
             who = "the survey, §1.5: chain of thought" if form in ("scratchpad", "chain") else "Lee et al. 2023"
             rows.append(
                 {
-                    "expected": f"{form} is earlier than {base} in {column.removeprefix('50 % at ')}",
+                    "expected": f"{form} is earlier than {base} in {column.removeprefix('50 % at ')}{of}",
                     "by": who,
                     "found": f"{form} {ours}, {base} {theirs}",
                     "held": _earlier(ours, theirs),
@@ -256,12 +258,13 @@ def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows + _gradual(table) + _prompting(table)
 
 
-def _of_form(table: Sequence[Mapping[str, Any]], form: str, column: str) -> Threshold | None:
+def _of_form(table: Sequence[Mapping[str, Any]], form: str, column: str, digits: int | None) -> Threshold | None:
     """The threshold of a form's largest model with the most examples."""
-    found = [row for row in table if row["form"] == form and isinstance(row.get(column), Threshold)]
-    if column == "50 % at FLOPs":  # of one number of digits: that which is most often measured
-        digits = [row.get("digits") for row in found]
-        found = [row for row in found if row.get("digits") == max(set(digits), key=digits.count)]
+    found = [
+        row
+        for row in table
+        if row["form"] == form and row.get("digits") == digits and isinstance(row.get(column), Threshold)
+    ]
     return max(found, key=lambda row: (row["examples"], row["parameters"]))[column] if found else None
 
 
@@ -337,7 +340,7 @@ def figure(table: Sequence[Mapping[str, Any]]):
     """All measures of the same models: exact match, log-likelihood and edit distance, over each amount that varies."""
     from matplotlib.figure import Figure
 
-    amounts = [amount for amount in AMOUNTS if _series(table, amount)] or ["examples"]
+    amounts = [amount for amount in (*AMOUNTS, "digits") if _series(table, amount)] or ["examples"]
     drawing = Figure(figsize=(1.5 + 4.5 * len(amounts), 9), layout="constrained")
     axes = drawing.subplots(len(MEASURES), len(amounts), squeeze=False, sharex="col")
     for column, amount in enumerate(amounts):
@@ -361,6 +364,9 @@ def figure(table: Sequence[Mapping[str, Any]]):
                 axes[0][column].axvspan(found.low, end, color=f"C{i}", alpha=0.1)
         for row, name in enumerate(MEASURES):
             axes[row][column].set_xscale("log")
+            axes[row][column].xaxis.set_minor_formatter("")  # numbers would lie over each other
+            values = sorted({r[amount] for r in table if isinstance(r.get(amount), int)})
+            axes[row][column].set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
             axes[row][column].set_ylabel(name)
             axes[row][column].grid(alpha=0.3)
         axes[-1][column].set_xlabel(amount)

@@ -145,6 +145,12 @@ def test_the_survey_beside_what_was_seen(records):
     assert row["held"].startswith("yes, 1.8 times") and row["by"].startswith("the survey")
     assert found["scratchpad is earlier than plain in FLOPs"]["held"].startswith("no: later")
     assert found["reversed is earlier than plain in examples"]["held"].startswith("yes")
+    # Numbers of each length by themselves, where a study has several.
+    longer = [{**row, "digits": 4} for row in table if row["form"] != "scratchpad"]
+    both = [row["expected"] for row in study.expectations([*table, *longer])]
+    assert "scratchpad is earlier than plain in FLOPs, numbers of 3 digits" in both
+    assert "reversed is earlier than plain in FLOPs, numbers of 4 digits" in both
+    assert not any(row.startswith("scratchpad") and "4 digits" in row for row in both)
     prompted = next(row for text, row in found.items() if "solved scratchpads" in text)
     assert prompted["held"] == "not at these scales"
     jumps = [row for text, row in found.items() if "jumps" in text]
