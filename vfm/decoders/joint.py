@@ -103,7 +103,7 @@ def joint_losses(
     *,
     rng: jax.Array,
     train: bool,
-) -> tuple[dict[str, dict[str, jax.Array]], dict[str, jax.Array]]:
+) -> tuple[dict[str, dict[str, jax.Array]], dict[str, dict[str, jax.Array]]]:
     """The terms of the loss {X: {name: float32[B]}} of items that are noisy at one time, and embeddings {"noisy",
     "clean": {X: float32[B, D]}} of what the environment encoders see of them, at that time and without noise.
 
