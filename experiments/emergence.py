@@ -229,7 +229,7 @@ def _series(rows: Sequence[Mapping[str, Any]], amount: str) -> list[list[int]]:
     found: dict[tuple, list[int]] = {}
     for i, row in enumerate(rows):
         found.setdefault(tuple(row.get(name) for name in about if name not in free), []).append(i)
-    several = [places for places in found.values() if len({rows[i][amount] for i in places}) > 2]
+    several = [places for places in found.values() if len({rows[i].get(amount) for i in places}) > 2]
     return [sorted(places, key=lambda i: rows[i][amount]) for places in several]
 
 

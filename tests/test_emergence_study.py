@@ -184,6 +184,7 @@ def test_hops():
     assert {(row["form"], row["examples"]) for row in table} == {
         (form, round(share * 20 * 16)) for form in ("direct", "chain") for share in c.study.shares
     }
+    assert study.figure(table).axes[-1].get_xlabel() == "examples"  # the only amount; there are no digits
     chain = next(row for row in study.expectations(table) if row["expected"].startswith("chain"))
     assert chain["held"].startswith("yes, 2.7 times")
 
