@@ -115,7 +115,8 @@ def test_a_condition_that_is_no_class_comes_from_a_file(tmp_path):
 def test_a_control_is_given_as_a_file(tmp_path):
     network = {"name": "dit", "width": 8, "depth": 1, "num_heads": 1, "mlp_dim": 8, "control_depth": 1}
     decoder = {"name": "diffusion", "item_shape": (4, 4, 1), "network": network, "control": {"from": "mask"}}
-    decoder["process"] = {"name": "gaussian", "timesteps": 4}
+    # Of the item itself: noise that random weights predict would take all values to an end of the range.
+    decoder["process"] = {"name": "gaussian", "timesteps": 4, "prediction": "x0"}
     for name, value in (("zeros", 0.0), ("ones", 1.0)):
         np.save(tmp_path / f"{name}.npy", np.full((4, 4, 1), value, np.float32))
     found = {}
