@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         joint(c, width=64, depth=2)
         c.init.match = (f"(?!{JOINT}$).*",)  # so that a stage without its start is refused
         c.optimizer.frozen = (f"(?!{JOINT}$).*",)
-        c.train.steps = 16_000  # what is noisy tells little, and slowly: after half of them 23 % agree, not 35 %
+        c.train.steps = 16_000  # what is noisy tells little of its class, and the loss of the noise shows that slowly
     if arg == "smoke":
         c.model = model(width=16, depth=1)
         joint(c, width=16, depth=1)
