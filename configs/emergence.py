@@ -7,9 +7,10 @@ configs/emergence.py            sums of numbers of three digits in three forms: 
                                 thresholds in examples, steps, FLOPs, and size
 configs/emergence.py:rates      the same models at other learning rates, one seed: how those of the study were chosen
 configs/emergence.py:digits     the same of numbers of other lengths: where each form is learned at all
-configs/emergence.py:prompted   solved scratchpads in front of the question, for models that never learned any
 configs/emergence.py:modular    sums modulo a prime: generalisation long after the training split is known by heart
 configs/emergence.py:hops       facts of one hop, and questions of two, with and without what lies between
+configs/emergence.py:prompted   chains of thought that are only prompted: solved ones in front of questions of two hops
+                                that were never trained with them
 configs/emergence.py:smoke      a few steps of the first
 """
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict, FieldReference
 from configs import common
 from vfm.backbones.decoder_only import LLAMA
 
-VARIANTS = ("smoke", "rates", "digits", "prompted", "modular", "hops")
+VARIANTS = ("smoke", "rates", "digits", "modular", "hops", "prompted")
 SIZES = {"validation": 200, "test": 600}
 SYMBOLS = "0123456789+=,>\n"
 # Of which whole curves are kept.
@@ -32,16 +33,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.objective = {"name": "next_token"}
     c.log.update(every=50, tensorboard=False)
     c.checkpoint.update(every=0, keep=1, keep_best=0)
-    {"modular": modular, "hops": hops}.get(arg, addition)(c)
+    {"modular": modular, "hops": hops, "prompted": prompted}.get(arg, addition)(c)
     if arg == "rates":
         c.title = "Addition: learning rates"
         c.study.update(series=("rates",), seeds=1)
     if arg == "digits":
         c.title = "Addition: numbers of more and fewer digits"
         c.study.update(series=("digits",), seeds=3)
-    if arg == "prompted":
-        c.title = "Addition: chains of thought that are only prompted"
-        c.study.update(series=("prompted",), seeds=3)
     if arg == "smoke":
         c.study.update(
             series=("examples",),
@@ -103,7 +101,6 @@ def addition(c: ConfigDict) -> None:
         "most_examples": 4800,
         "learning_rates": {"plain": 1e-2, "reversed": 1e-2, "scratchpad": 1e-2},
         "rates": (2.5e-3, 5e-3, 1e-2, 2e-2),
-        "shots": 2,
         "sizes": SIZES,
     }
     c.tokenizer = {"name": "symbols", "symbols": SYMBOLS}
@@ -164,3 +161,26 @@ def hops(c: ConfigDict) -> None:
     c.eval.update(every=125, limit=0, test_limit=0, batch_size=64, evaluators=("answers", "course"))
     c.eval.answers = {"generate": True, "marker": ">", "prompts": {}}
     c.eval.course = {name: {"every": 1} for name in MEASURES}
+
+
+def prompted(c: ConfigDict) -> None:
+    """Questions of two hops behind two solved ones; half of the pairs of relations are never trained with a chain."""
+    hops(c)
+    c.title = "Emergence: chains of thought that are only prompted"
+    c.study = {
+        **common.STUDY,
+        "module": "experiments.emergence",
+        "series": ("prompted",),
+        "seeds": 3,
+        "steps": 2400,
+        "evaluations": 12,
+        "widths": (8, 16, 32, 64),
+    }
+    c.model.backbone.max_len = 32
+    c.data.update(length=23, shots=2, shots_tasks=True)
+    c.data.source.update(unchained=0.5, both=False, fractions={"train": 0.6, "validation": 0.2, "test": 0.2})
+    c.train.steps = 2400
+    c.eval.every = 200
+    c.eval.course = {f"{lead}{name}": {"every": 1} for name in MEASURES for lead in ("", "chain_shots_")}
+    chains = {**c.data.source.to_dict(), "chain": True}
+    c.eval.answers.prompts = {"chain_shots": {"source": chains}}

@@ -16,9 +16,9 @@ parameters over the models of a series, in steps and in training FLOPs over the 
 its 95 % interval, from a bootstrap over seeds. Learning rates are those that were best for each form in a sweep
 (`:rates`).
 
-Prompted (`:prompted`): models that were trained on plain answers alone are shown solved scratchpads in front of the
-question. Beside it the same with as many plain examples in front, and models that have seen such rows of examples in
-their training; the others have never seen positions so far behind, which are learned, and are only their control.
+Prompted (`:prompted`): questions of two hops behind two solved ones. For half of the pairs of relations no question was
+ever trained with a chain, and these alone are asked: behind direct answers, and behind chains of other pairs. Some
+models have been trained on chains of the other pairs too, behind chains; the rest on direct answers alone.
 
 The survey says that chains of thought make the point of emergence come earlier.
 """
@@ -36,9 +36,13 @@ from vfm.thresholds import Threshold, threshold
 SERIES = ("examples", "widths", "digits", "rates", "prompted", "hops")
 MATCH, LIKELIHOOD, DISTANCE = "answer_final_match", "answer_log_likelihood", "answer_edit_distance"
 MEASURES = {"exact match": MATCH, "log-likelihood": LIKELIHOOD, "edit distance": DISTANCE}
-PROMPTS = {"behind plain examples": "plain_shots", "behind solved scratchpads": "scratchpad_shots"}
 AMOUNTS = ("examples", "parameters")  # what a threshold over models may be in
-STEPS = {"scratchpad": "plain", "reversed": "plain", "chain": "direct"}  # what a form is held against
+# How questions are asked of the models of `:prompted`, and what these were trained on.
+SHOWN = {"": "behind direct answers", "chain_shots_": "behind chains"}
+TRAINED = {False: "no chains trained", True: "some chains trained"}
+# What a form is held against.
+STEPS = {"scratchpad": "plain", "reversed": "plain", "chain": "direct"}
+STEPS |= {f"{SHOWN['chain_shots_']}, {TRAINED[True]}": f"{SHOWN['']}, {TRAINED[True]}"}
 
 
 # ------------------------------------------------------------------------------------------------- the grid
@@ -62,60 +66,32 @@ def runs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _seeded(cell: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """A model with a seed of its own, of its questions too."""
     found = {**cell, "seed": seed, "data.source.seed": seed}
-    if prompts := cell.get("eval.answers.prompts"):
-        shown = {**prompts["scratchpad_shots"]["shots_source"], "seed": seed}
-        found["eval.answers.prompts"] = {
-            **prompts,
-            "scratchpad_shots": {**prompts["scratchpad_shots"], "shots_source": shown},
-        }
+    if "data.source.both" in cell:
+        found["eval.answers.prompts.chain_shots.source.seed"] = seed
     return found
 
 
 def _sums(settings: Mapping[str, Any], form: str, **changes) -> dict[str, Any]:
-    """The overrides of one model of sums; changes: examples, digits, width, rate, shots, prompted."""
+    """The overrides of one model of sums; changes: examples, digits, width, rate."""
     chosen = {"examples": settings["most_examples"], "digits": settings["digits"], "width": settings["width"]}
-    chosen |= {"rate": settings["learning_rates"][form], "shots": 0, "prompted": False, **changes}
-    digits, shots = chosen["digits"], chosen["shots"]
-    length = row_length(form, digits) + shots * shot_length(form, digits)
-    found = {
+    chosen |= {"rate": settings["learning_rates"][form], **changes}
+    length = row_length(form, chosen["digits"])
+    return {
         "data.source.form": form,
         "data.source.examples": chosen["examples"],
-        "data.source.digits": digits,
-        "data.shots": shots,
+        "data.source.digits": chosen["digits"],
+        "data.shots": 0,
         "data.length": length,
         "optimizer.learning_rate": chosen["rate"],
         **config.size(chosen["width"]),
         **_schedule(settings, length, row_length("plain", settings["digits"])),
     }
-    if chosen["prompted"]:
-        more = {form: settings["shots"] * shot_length(form, digits) + row_length("plain", digits) for form in
-                ("plain", "scratchpad")}  # fmt: skip
-        source = {"name": "addition", "digits": digits, "form": "scratchpad", "examples": chosen["examples"]}
-        source["sizes"] = dict(settings["sizes"])  # so that none of its training examples is a question
-        found |= {
-            "eval.every": 0,
-            "eval.evaluators": ("answers",),
-            "eval.answers.prompts": {
-                "plain_shots": {"shots": settings["shots"], "length": more["plain"]},
-                "scratchpad_shots": {
-                    "shots": settings["shots"],
-                    "length": more["scratchpad"],
-                    "shots_source": source,
-                },
-            },
-        }
-    return found
 
 
 def row_length(form: str, digits: int) -> int:
     """Tokens of the longest row of sums: <bos>, "a+b=", the answer, <eos>."""
     answer = digits + 1 + (9 * digits if form == "scratchpad" else 0)
     return 1 + 2 * digits + 2 + answer + 1
-
-
-def shot_length(form: str, digits: int) -> int:
-    """Tokens of a solved example: a row without <bos> and <eos>, and a separator."""
-    return row_length(form, digits) - 2 + 1
 
 
 def _schedule(settings: Mapping[str, Any], length: int, shortest: int) -> dict[str, int]:
@@ -125,10 +101,16 @@ def _schedule(settings: Mapping[str, Any], length: int, shortest: int) -> dict[s
 
 
 def _prompted(settings: Mapping[str, Any]) -> list[dict]:
+    """Relations, questions behind two solved ones: width × with and without chains of other pairs in training."""
     return [
-        _sums(settings, "plain", width=width, shots=shots, prompted=True)
+        {
+            "data.source.chain": chains,
+            "data.source.both": chains,
+            **config.size(width),
+            **_schedule(settings, 1, 1),
+        }
         for width in settings["widths"]
-        for shots in (0, settings["shots"])
+        for chains in (False, True)
     ]
 
 
@@ -164,12 +146,16 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each model, over its seeds, with the thresholds over its checkpoints and those of its series."""
     groups: dict[tuple, list] = {}
     for record in records:
-        if missing := [name for name in MEASURES.values() if name not in record["metrics"]]:
-            raise UserError(f"run {record['run']} has no {', '.join(missing)}: the study needs the evaluator 'answers'")
-        groups.setdefault(tuple(_cell(record).items()), []).append(record)
+        for asked in _asked(record):
+            metrics = {name: f"{asked}{metric}" for name, metric in MEASURES.items()}
+            if missing := [metric for metric in metrics.values() if metric not in record["metrics"]]:
+                raise UserError(
+                    f"run {record['run']} has no {', '.join(missing)}: the study needs the evaluator 'answers'"
+                )
+            groups.setdefault(tuple(_cell(record, asked).items()), []).append((record, asked))
     order = sorted(groups, key=lambda cell: [(str(type(v)), v) for v in dict(cell).values()])
     rows = [{**dict(cell), **_scores(groups[cell])} for cell in order]
-    seeds = [[record["metrics"][MATCH] for record in groups[cell]] for cell in order]
+    seeds = [[record["metrics"][f"{asked}{MATCH}"] for record, asked in groups[cell]] for cell in order]
     for amount in AMOUNTS:
         for places in _series([*rows], amount):
             x, y = zip(*((rows[i][amount], score) for i in places for score in seeds[i]))
@@ -180,34 +166,35 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{column: row.get(column, "–") for column in columns} for row in rows]
 
 
-def _cell(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells the models of the study apart."""
+def _asked(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the metrics of a record begin with, for each way in which its questions were asked."""
+    return ("", *(f"{name}_" for name in record["config"]["eval"]["answers"]["prompts"]))
+
+
+def _cell(record: Mapping[str, Any], asked: str = "") -> dict[str, Any]:
+    """What tells the rows of the table apart: a model, and how it was asked."""
     config, source = record["config"], record["config"]["data"]["source"]
     if source["name"] == "relations":
         share = source["fractions"]["train"]
         two_hop = source["entities"] * len(source["relations"]) ** 2
-        about = {"form": "chain" if source["chain"] else "direct", "examples": round(share * two_hop)}
+        form = "chain" if source["chain"] else "direct"
+        if config["eval"]["answers"]["prompts"]:
+            form = f"{SHOWN[asked]}, {TRAINED[source['chain']]}"
+        about = {"form": form, "examples": round(share * two_hop)}
     else:
         about = {"form": source["form"], "digits": source["digits"], "examples": source["examples"]}
-        if config["data"]["shots"]:
-            about["form"] += f", trained behind {config['data']['shots']} examples"
-        if config["eval"]["answers"]["prompts"]:
-            about["form"] += ", prompted"
     width, rate = config["model"]["backbone"]["width"], config["optimizer"]["learning_rate"]
     return {**about, "width": width, "parameters": record["parameters"], "learning rate": rate}
 
 
-def _scores(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds at the end, and the thresholds over the checkpoints."""
-    one = group[0]
+def _scores(group: Sequence[tuple[Mapping[str, Any], str]]) -> dict[str, Any]:
+    """Means over seeds at the end, and the thresholds over the checkpoints; of (record, how it was asked)."""
+    one, asked = group[0]
     steps = one["config"]["train"]["steps"]
-    gather = lambda name: spread(record["metrics"][name] for record in group)
     found = {"seeds": len(group), "steps": steps, "training FLOPs": float(one["flops"])}
-    found |= {name: gather(metric) for name, metric in MEASURES.items()}
-    for name, prompt in PROMPTS.items():
-        if f"{prompt}_{MATCH}" in one["metrics"]:
-            found[name] = gather(f"{prompt}_{MATCH}")
-    points = [(step, value, record["run"]) for record in group for step, value in course(record, MATCH)]
+    for name, metric in MEASURES.items():
+        found[name] = spread(record["metrics"][f"{asked}{metric}"] for record, _ in group)
+    points = [(step, value, r["run"]) for r, _ in group for step, value in course(r, f"{asked}{MATCH}")]
     if len({step for step, *_ in points}) > 2:
         x, y, runs = zip(*points)
         reached = threshold(x, y, groups=runs)
@@ -246,7 +233,7 @@ def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if ours is None or theirs is None:
                 continue
             of = f", numbers of {digits} digits" if len(lengths) > 1 else ""
-            who = "the survey, §1.5: chain of thought" if form in ("scratchpad", "chain") else "Lee et al. 2023"
+            who = "Lee et al. 2023" if form == "reversed" else "the survey, §1.5: chain of thought"
             rows.append(
                 {
                     "expected": f"{form} is earlier than {base} in {column.removeprefix('50 % at ')}{of}",
@@ -307,27 +294,27 @@ def _largest_step(values: Sequence[float]) -> float:
 
 
 def _prompting(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Solved scratchpads in front of the question against plain examples there, and against nothing."""
-    ours = [row for row in table if isinstance(row.get("behind solved scratchpads"), Spread)]
-    if not ours:
-        return []
-    helped = [
-        row
-        for row in ours
-        if _above(row["behind solved scratchpads"], row["behind plain examples"])
-        and _above(row["behind solved scratchpads"], row["exact match"])
-    ]
-    best = max(ours, key=lambda row: row["behind solved scratchpads"].mean)
-    sizes = sorted({row["parameters"] for row in ours})
-    return [
-        {
-            "expected": "solved scratchpads in front of the question, never trained, help above some scale",
-            "by": "Wei et al. 2022",
-            "found": f"{len(helped)} of {len(ours)} models of {sizes[0]:,} to {sizes[-1]:,} parameters are better so; "
-            f"exact match {best['behind solved scratchpads']} at best",
-            "held": "yes" if helped else "not at these scales",
-        }
-    ]
+    """Chains in front of the question against direct answers there, for both kinds of training."""
+    rows = []
+    for chains, trained in TRAINED.items():
+        direct, chain = (
+            {row["parameters"]: row["exact match"] for row in table if row["form"] == f"{shown}, {trained}"}
+            for shown in SHOWN.values()
+        )
+        if not direct:
+            continue
+        helped = [size for size in sorted(direct) if _above(chain[size], direct[size])]
+        largest = max(direct)
+        found = f"{len(helped)} of {len(direct)} models of {min(direct):,} to {largest:,} parameters are better so; "
+        found += f"the largest has {chain[largest]} behind chains, {direct[largest]} behind direct answers"
+        if chains:
+            expected = "chains in front of the question help above some scale, where those of other pairs were trained"
+            held = ("yes, at all scales" if len(helped) == len(direct) else "yes") if largest in helped else "no"
+        else:
+            expected, held = "without any chains in training those in front do not help", "no" if helped else "yes"
+        by = "Wei et al. 2022" if chains else "control"
+        rows.append({"expected": expected, "by": by, "found": found, "held": held})
+    return rows
 
 
 def _above(a: Spread, b: Spread) -> bool:
@@ -379,22 +366,23 @@ def pictures(records: Sequence[Mapping[str, Any]], folder) -> dict[str, tuple[st
     """The courses of the models with the most examples and parameters: all measures, by steps and by FLOPs."""
     from matplotlib.figure import Figure
 
-    with_course = [record for record in records if len(course(record, MATCH)) > 2]
+    with_course = [one for one in records if len(course(one, MATCH)) > 2]
     groups: dict[tuple, list] = {}
-    for record in with_course:
-        cell = _cell(record)
-        groups.setdefault((cell["form"], cell.get("digits")), []).append((cell["examples"], cell["parameters"], record))
+    for record, asked in ((one, asked) for one in with_course for asked in _asked(one)):
+        cell = _cell(record, asked)
+        found = groups.setdefault((cell["form"], cell.get("digits")), [])
+        found.append(((cell["examples"], cell["parameters"]), record, asked))
     if not groups:
         return {}
     drawing = Figure(figsize=(11, 9), layout="constrained")
     axes = drawing.subplots(len(MEASURES), 2, sharey="row", sharex="col")
     several = len({digits for _, digits in groups}) > 1
     for i, ((form, digits), found) in enumerate(sorted(groups.items(), key=str)):
-        largest = max((examples, size) for examples, size, _ in found)
-        for number, record in enumerate(r for examples, size, r in found if (examples, size) == largest):
+        largest = max(amounts for amounts, *_ in found)
+        for number, (_, record, asked) in enumerate(model for model in found if model[0] == largest):
             per_step = record["flops"] / record["config"]["train"]["steps"]
             for row, metric in enumerate(MEASURES.values()):
-                steps, values = zip(*course(record, metric))
+                steps, values = zip(*course(record, f"{asked}{metric}"))
                 name = f"{form}, {digits} digits" if several else form
                 for column, factor in enumerate((1, per_step)):
                     axes[row][column].plot(

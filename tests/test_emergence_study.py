@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from configs import emergence as config
@@ -45,21 +46,18 @@ def score(c):
     match = float(Sigmoid(math.log(MIDDLES[source.form]) + 0.05 * (c.seed - 2), 3.0)(source.examples))
     half = 0.6 if source.form == "scratchpad" else 0.4
     found = {study.MATCH: match, study.LIKELIHOOD: -2 / math.log(source.examples), study.DISTANCE: 1 - match}
-    if "course" in c.eval.evaluators:
-        for i in range(1, 12):
-            step = c.train.steps * i // 12
-            found[f"course_{study.MATCH}_at_{step}"] = match * float(Sigmoid(math.log(half), 6.0)(i / 12))
-            found[f"course_{study.LIKELIHOOD}_at_{step}"] = -2.0
-            found[f"course_{study.DISTANCE}_at_{step}"] = 0.5
-    else:
-        found |= {f"plain_shots_{study.MATCH}": 0.1, f"scratchpad_shots_{study.MATCH}": 0.02}
+    for i in range(1, 12):
+        step = c.train.steps * i // 12
+        found[f"course_{study.MATCH}_at_{step}"] = match * float(Sigmoid(math.log(half), 6.0)(i / 12))
+        found[f"course_{study.LIKELIHOOD}_at_{step}"] = -2.0
+        found[f"course_{study.DISTANCE}_at_{step}"] = 0.5
     return found
 
 
 @pytest.fixture(scope="module")
 def records():
     c = config.get_config()
-    c.study.series = ("examples", "prompted")
+    c.study.series = ("examples",)
     return made(c, study, score)
 
 
@@ -77,15 +75,6 @@ def test_runs_of_two_series_are_made_once():
         study.runs({**settings, "series": ("example",)})
     with pytest.raises(UserError, match="config.study.seeds=0"):
         study.runs({**settings, "seeds": 0})
-
-
-def test_shown_scratchpads_are_of_the_training_questions():
-    c = config.get_config("prompted")
-    for run in study.runs(c.study):
-        shown = run["eval.answers.prompts"]["scratchpad_shots"]["shots_source"]
-        asked = {**c.data.source, **{k[12:]: v for k, v in run.items() if k.startswith("data.source.")}}
-        assert {**shown, "form": "plain", "lengths": "exact"} == {**asked, "sizes": dict(asked["sizes"])}
-    assert {run["seed"] for run in study.runs(c.study)} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("arg", ["", "hops"])
@@ -108,13 +97,12 @@ def test_forms_have_equal_flops(arg):
 
 
 @pytest.mark.parametrize("form", ["plain", "reversed", "scratchpad"])
-@pytest.mark.parametrize("shots", [0, 2])
-def test_rows_are_as_long_as_said(form, shots):
+def test_rows_are_as_long_as_said(form):
     c = config.get_config()
     source = {"name": "addition", "digits": 3, "form": form, "examples": 400}
-    length = study.row_length(form, 3) + shots * study.shot_length(form, 3)
+    length = study.row_length(form, 3)
     build = lambda length: data.build(
-        {"name": "questions", "source": source, "shots": shots},
+        {"name": "questions", "source": source},
         "train",
         layout=Layout(length),
         tokenizer=tokenizers.build(c.tokenizer),
@@ -151,8 +139,6 @@ def test_the_survey_beside_what_was_seen(records):
     assert "scratchpad is earlier than plain in FLOPs, numbers of 3 digits" in both
     assert "reversed is earlier than plain in FLOPs, numbers of 4 digits" in both
     assert not any(row.startswith("scratchpad") and "4 digits" in row for row in both)
-    prompted = next(row for text, row in found.items() if "solved scratchpads" in text)
-    assert prompted["held"] == "not at these scales"
     jumps = [row for text, row in found.items() if "jumps" in text]
     assert len(jumps) == 3 and all(row["held"] == "yes" for row in jumps)
 
@@ -187,6 +173,80 @@ def test_hops():
     assert study.figure(table).axes[-1].get_xlabel() == "examples"  # the only amount; there are no digits
     chain = next(row for row in study.expectations(table) if row["expected"].startswith("chain"))
     assert chain["held"].startswith("yes, 2.7 times")
+
+
+def shown(c):
+    """Chains in front help models of at least width 16 that were trained on others; nothing else helps."""
+    chain = 0.9 if c.data.source.both and c.model.backbone.width >= 16 else 0.05
+    found = {}
+    for lead, match in (("", 0.1), ("chain_shots_", chain)):
+        found |= {f"{lead}{study.MATCH}": match + 0.001 * c.seed, f"{lead}{study.LIKELIHOOD}": match - 1}
+        found[f"{lead}{study.DISTANCE}"] = 1 - match
+        found |= {f"course_{lead}{study.MATCH}_at_{200 * i}": match * i / 12 for i in range(1, 12)}
+    return found
+
+
+def test_prompted():
+    c = config.get_config("prompted")
+    records = made(c, study, shown)
+    table = study.summarize(records)
+    assert len(table) == 2 * 2 * len(c.study.widths)
+    rows = {(row["form"], row["width"]): row for row in table}
+    for name, width, match in (
+        ("behind chains", 16, 0.9),
+        ("behind chains", 8, 0.05),
+        ("behind direct answers", 8, 0.1),
+    ):
+        assert rows[f"{name}, some chains trained", width]["exact match"].mean == pytest.approx(match, abs=0.002)
+    assert rows["behind chains, some chains trained", 64]["50 % at steps"].state == "found"
+    assert rows["behind direct answers, some chains trained", 64]["50 % at steps"].state == "not reached"
+    found = {row["expected"]: row for row in study.expectations(table)}
+    row = found["chains in front of the question help above some scale, where those of other pairs were trained"]
+    assert row["held"] == "yes" and row["found"].startswith("3 of 4 models")
+    control = found["without any chains in training those in front do not help"]
+    assert control["held"] == "yes" and control["found"].startswith("0 of 4 models")
+    earlier = [text for text in found if text.startswith("behind chains, some chains trained is earlier")]
+    assert len(earlier) == 2 and all(found[text]["held"] == "yes" for text in earlier)
+    # The same of models that chains do not help, and of a control that they do.
+    for record in records:
+        c = resolve(
+            config.get_config("prompted"), {"data.source.chain": not record["config"]["data"]["source"]["chain"]}
+        )
+        with c.unlocked():
+            c.data.source.both = c.data.source.chain
+            c.model.backbone.width = record["config"]["model"]["backbone"]["width"]
+        record["metrics"] = shown(c)
+    assert [row["held"] for row in study.expectations(study.summarize(records))][-2:] == ["no", "no"]
+
+
+def test_chains_in_front_are_never_those_of_the_questions_pairs():
+    c = config.get_config("prompted")
+    c.study.seeds = 1
+    base = c.copy_and_resolve_references()
+    del base.study
+    for overrides in study.runs(c.study)[:2]:
+        resolved = resolve(base, {**overrides, "seed": 5, "data.source.seed": 5})
+        tokenizer = tokenizers.build(resolved.tokenizer)
+        asked = plain(resolved.data) | plain(resolved.eval.answers.prompts.chain_shots)
+        assert {**asked["source"], "seed": 5} == {
+            **plain(resolved.data)["source"],
+            "seed": 5,
+            "chain": True,
+            "both": False,
+        }
+        dataset = data.build(
+            {name: asked[name] for name in ("name", "source", "shots", "shots_tasks", "separator")},
+            "test",
+            layout=Layout(resolved.data.length),
+            tokenizer=tokenizer,
+        )
+        for i in range(len(dataset)):
+            row = dataset.example(i, np.random.default_rng(i))
+            words = tokenizer.decode(row["tokens"][row["input_mask"]]).split()
+            ends = [place for place, word in enumerate(words) if word == "="]
+            pairs = [tuple(words[end - 2 : end]) for end in ends]
+            assert len(pairs) == 3 and pairs[2] not in pairs[:2]
+            assert [words[end + 2] for end in ends] == [">"] * 3
 
 
 def test_a_run_without_answers_is_refused(records):
@@ -237,11 +297,9 @@ def test_the_studies_run(tmp_path):
     """Each at a size of nothing, from its config to its table."""
     with tiny.quick_compilation():
         c = config.get_config("smoke")
-        c.study.update(series=("examples", "prompted"), examples=(40,))
+        c.study.examples = (40,)
         records = run_study(c, str(tmp_path / "sums"))
-        assert len(records) == 3 + 2
-        asked = [record["metrics"] for record in records if "prompted" in study._cell(record)["form"]]
-        assert len(asked) == 2 and all(f"scratchpad_shots_{study.MATCH}" in metrics for metrics in asked)
+        assert len(records) == 3
         assert len(study.course(records[0], study.MATCH)) == 2
         c = config.get_config("modular")
         c.study.seeds, c.study.weight_decays = 1, (1.0,)
@@ -259,3 +317,11 @@ def test_the_studies_run(tmp_path):
         c.log.every = 2
         records = run_study(c, str(tmp_path / "hops"))
         assert [study._cell(record)["form"] for record in records] == ["direct", "chain"]
+        c = config.get_config("prompted")
+        c.study.update(seeds=1, steps=4, evaluations=2, widths=(8,))
+        c.train.batch_size = 8
+        c.optimizer.schedule.warmup_steps = 1
+        c.eval.update(limit=8, test_limit=8, batch_size=8)
+        c.log.every = 2
+        records = run_study(c, str(tmp_path / "prompted"))
+        assert len(records) == 2 and all(len(study.course(r, f"chain_shots_{study.MATCH}")) == 2 for r in records)

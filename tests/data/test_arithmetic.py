@@ -119,6 +119,31 @@ def test_relations(chain):
         assert {item["task"] for item in items(split, **cfg)} == {"two_hop"}
 
 
+def test_pairs_of_relations_that_are_never_chained():
+    cfg = {"name": "relations", "entities": 12, "unchained": 0.5}
+    pair = lambda item: tuple(item["prompt"].split()[1:-1])
+    of_task = lambda found, task: [item for item in found if item["task"] == task]
+    direct, chain, both = (
+        {split: items(split, **cfg, **fields) for split in ("train", "validation", "test")}
+        for fields in ({}, {"chain": True}, {"chain": True, "both": True})
+    )
+    never = {pair(item) for item in direct["test"]}
+    assert len(never) == 8 and never == {pair(item) for item in chain["validation"]}
+    # All ask the same, and with `both` directly.
+    for split in ("validation", "test"):
+        assert direct[split] == both[split]
+        assert [item["prompt"] for item in direct[split]] == [item["prompt"] for item in chain[split]]
+        assert all(" > " in item["answer"] for item in chain[split])
+    # Training: all pairs directly, the others with a chain.
+    assert {pair(item) for item in of_task(direct["train"], "two_hop")} > never
+    assert of_task(both["train"], "two_hop") == of_task(direct["train"], "two_hop")
+    for chained in (of_task(both["train"], "two_hop_chain"), of_task(chain["train"], "two_hop")):
+        assert not {pair(item) for item in chained} & never and len({pair(item) for item in chained}) == 8
+        assert all(" > " in item["answer"] for item in chained)
+    assert len(of_task(both["train"], "one_hop")) == 12 * 4
+    assert {pair(item) for item in items("test", **{**cfg, "unchained": 0.0})} > never
+
+
 def test_they_are_rows_with_the_tokenizers_of_their_symbols():
     digits = SymbolTokenizer(symbols="0123456789+=,>\n")
     words = SymbolTokenizer(
@@ -147,6 +172,8 @@ def test_they_are_rows_with_the_tokenizers_of_their_symbols():
         ({"name": "modular", "operation": "**"}, "unknown operation"),
         ({"name": "modular", "fractions": {"train": 0.9, "test": 0.2}}, "at most 1 together"),
         ({"name": "relations", "entities": 1}, "entities=1"),
+        ({"name": "relations", "unchained": 1.0}, "unchained=1.0 must be at least 0 and below 1"),
+        ({"name": "relations", "both": True}, "both=True needs chain=True"),
     ],
     ids=str,
 )

@@ -166,6 +166,16 @@ def test_questions_of_another_split_as_a_prompt(params):
     assert found["other_answer_log_likelihood"] != found["answer_log_likelihood"]
 
 
+def test_questions_of_another_source_as_a_prompt(params):
+    source = {"name": f"{__name__}.Copies", "size": 20}
+    asked = {"prompts": {"fewer": {"source": source}}, "generate": False}
+    found = answers(Experiment(config(**{"eval.answers": asked})), params, {}, "test", None).metrics
+    theirs = Experiment(config(**{"data.source": source, "eval.answers": {"generate": False}}))
+    theirs = answers(theirs, params, {}, "test", None).metrics
+    assert {f"fewer_{name}": value for name, value in theirs.items()}.items() <= found.items()
+    assert found["fewer_answer_questions"] == 20 < found["answer_questions"]
+
+
 def test_final():
     assert final_of("1>2> 3 ", ">") == "3"
     assert final_of("12", ">") == final_of("12", "") == "12"

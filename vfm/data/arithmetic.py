@@ -176,6 +176,11 @@ class Relations:
     `fractions["train"]`; the others have questions of two hops alone, none of which was trained on, while both of its
     facts were. chain: the answer of a question names what it passes first: "12 > 3".
     Tasks: one_hop, two_hop. repeat: how often the training split has each one-hop fact.
+
+    unchained: share of the pairs of relations that are never chained: with `chain` the training split has no questions
+    of two hops of these, and the other splits have them alone (without `chain` too, so that they ask the same). both:
+    with `chain`, the training split also has the questions of two hops of all pairs with direct answers (the chained
+    ones are the task two_hop_chain), and the other splits have direct answers.
     """
 
     labels = None
@@ -188,6 +193,8 @@ class Relations:
         fractions: Mapping[str, float] | None = None,
         chain: bool = False,
         repeat: int = 1,
+        unchained: float = 0.0,
+        both: bool = False,
         seed: int = 0,
     ):
         where, fractions = "source 'relations'", dict(fractions or FRACTIONS)
@@ -197,24 +204,39 @@ class Relations:
                 f"{where}: entities={entities} must be at least 2, repeat={repeat} at least 1, and relations="
                 f"{relations} different names"
             )
+        if not 0 <= unchained < 1 or (both and not chain):
+            raise UserError(
+                f"{where}: unchained={unchained} must be at least 0 and below 1, and both={both} needs chain=True"
+            )
         rng = stream(seed, "relations", entities, len(relations))
-        self.chain, self.graph = chain, {name: rng.permutation(entities) for name in relations}
+        self.graph = {name: rng.permutation(entities) for name in relations}
         paths = [(start, one, two) for start in range(entities) for one in relations for two in relations]
         order = rng.permutation(len(paths))
-        self.questions = [paths[i] for i in order[_part(split, fractions, len(paths), where)]]
+        asked = [paths[i] for i in order[_part(split, fractions, len(paths), where)]]
+        pairs = [(one, two) for one in relations for two in relations]
+        order = stream(seed, "relations", "unchained", len(pairs)).permutation(len(pairs))
+        never = {pairs[i] for i in order[: round(unchained * len(pairs))]}
+        chained = [path for path in asked if path[1:] not in never]
         if split == "train":
             facts = [(start, name) for start in range(entities) for name in relations]
-            self.questions = facts * repeat + self.questions
+            direct = asked if both or not chain else []
+            found = [(path, "one_hop", False) for path in facts * repeat]
+            found += [(path, "two_hop", False) for path in direct]
+            if chain:
+                found += [(path, "two_hop_chain" if both else "two_hop", True) for path in chained]
+        else:
+            kept = [path for path in asked if path[1:] in never] if never else asked
+            found = [(path, "two_hop", chain and not both) for path in kept]
+        self.questions = found
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def __getitem__(self, index: int) -> dict:
-        start, *path = self.questions[index]
+        (start, *path), task, chain = self.questions[index]
         passed, at = [], start
         for name in path:
             at = int(self.graph[name][at])
             passed.append(str(at))
-        answer = f" {MARKER} ".join(passed) if self.chain else passed[-1]
-        task = "one_hop" if len(path) == 1 else "two_hop"
+        answer = f" {MARKER} ".join(passed) if chain else passed[-1]
         return {"prompt": f"{start} {' '.join(path)} =", "answer": answer, "final": passed[-1], "task": task}

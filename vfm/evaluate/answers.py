@@ -22,7 +22,7 @@ from vfm.model import INPUTS
 
 log = logging.getLogger(__name__)
 OPTIONS: dict[str, Any] = {"generate": True, "marker": "", "prompts": {}}
-PROMPT = ("split", "shots", "separator", "shots_source", "shots_split", "shots_tasks", "length")
+PROMPT = ("source", "split", "shots", "separator", "shots_source", "shots_split", "shots_tasks", "length")
 SAMPLES = 8
 _KEPT: weakref.WeakKeyDictionary[Any, dict] = weakref.WeakKeyDictionary()  # data sets of an experiment
 
@@ -62,8 +62,8 @@ def answers(experiment, params, variables, split: str, limit: int | None) -> Eva
 
     Options in config.eval.answers: generate; marker: what is compared with `final` is the text behind the last marker
     of an answer (without one, all of it); prompts: {NAME: fields of the data set `questions`}, other ways to ask the
-    same questions, such as {"few_shot": {"shots": 4, "length": 96}}, or those of another split, {"split": SPLIT}; their
-    metrics begin with NAME_.
+    same questions, such as {"few_shot": {"shots": 4, "length": 96}}, or those of another split, {"split": SPLIT}, or
+    another source; their metrics begin with NAME_.
     """
     chosen = options(experiment, "answers", OPTIONS)
     found, samples = {}, {}
