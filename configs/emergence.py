@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
         )
         c.train.update(steps=4, batch_size=8)
         c.optimizer.schedule.warmup_steps = 1
-        c.data.source.sizes = c.study.sizes = {"validation": 16, "test": 16}
+        c.data.source.sizes = {"validation": 16, "test": 16}
         c.eval.update(every=2, limit=8, test_limit=16, batch_size=8)
         c.log.every = 2
     return c
@@ -101,7 +101,6 @@ def addition(c: ConfigDict) -> None:
         "most_examples": 4800,
         "learning_rates": {"plain": 1e-2, "reversed": 1e-2, "scratchpad": 1e-2},
         "rates": (2.5e-3, 5e-3, 1e-2, 2e-2),
-        "sizes": SIZES,
     }
     c.tokenizer = {"name": "symbols", "symbols": SYMBOLS}
     c.model = model(len(SYMBOLS) + 3, 48, 2, 128)
@@ -182,5 +181,4 @@ def prompted(c: ConfigDict) -> None:
     c.train.steps = 2400
     c.eval.every = 200
     c.eval.course = {f"{lead}{name}": {"every": 1} for name in MEASURES for lead in ("", "chain_shots_")}
-    chains = {**c.data.source.to_dict(), "chain": True}
-    c.eval.answers.prompts = {"chain_shots": {"source": chains}}
+    c.eval.answers.prompts = {"chain_shots": {"source": {"chain": True, "both": False}}}

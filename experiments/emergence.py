@@ -28,6 +28,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scipy.stats import t as student
+
 from configs import emergence as config
 from experiments.records import Spread, spread
 from vfm.errors import UserError, unknown
@@ -65,10 +67,7 @@ def runs(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _seeded(cell: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """A model with a seed of its own, of its questions too."""
-    found = {**cell, "seed": seed, "data.source.seed": seed}
-    if "data.source.both" in cell:
-        found["eval.answers.prompts.chain_shots.source.seed"] = seed
-    return found
+    return {**cell, "seed": seed, "data.source.seed": seed}
 
 
 def _sums(settings: Mapping[str, Any], form: str, **changes) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _asked(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What the metrics of a record begin with, for each way in which its questions were asked."""
-    return ("", *(f"{name}_" for name in record["config"]["eval"]["answers"]["prompts"]))
+    return ("", *(f"{name}_" for name in record["config"]["eval"].get("answers", {}).get("prompts", {})))
 
 
 def _cell(record: Mapping[str, Any], asked: str = "") -> dict[str, Any]:
@@ -177,12 +176,13 @@ def _cell(record: Mapping[str, Any], asked: str = "") -> dict[str, Any]:
     if source["name"] == "relations":
         share = source["fractions"]["train"]
         two_hop = source["entities"] * len(source["relations"]) ** 2
-        form = "chain" if source["chain"] else "direct"
-        if config["eval"]["answers"]["prompts"]:
-            form = f"{SHOWN[asked]}, {TRAINED[source['chain']]}"
-        about = {"form": form, "examples": round(share * two_hop)}
+        about = {"form": "chain" if source["chain"] else "direct", "examples": round(share * two_hop)}
     else:
         about = {"form": source["form"], "digits": source["digits"], "examples": source["examples"]}
+    if source.get("unchained") and asked in SHOWN:
+        about["form"] = f"{SHOWN[asked]}, {TRAINED[source['chain']]}"
+    elif asked:
+        about["form"] += f", asked as {asked[:-1]}"
     width, rate = config["model"]["backbone"]["width"], config["optimizer"]["learning_rate"]
     return {**about, "width": width, "parameters": record["parameters"], "learning rate": rate}
 
@@ -246,13 +246,15 @@ def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _of_form(table: Sequence[Mapping[str, Any]], form: str, column: str, digits: int | None) -> Threshold | None:
-    """The threshold of a form's largest model with the most examples."""
+    """The threshold of a form's largest model with the most examples; None where there are several, of other rates."""
     found = [
         row
         for row in table
         if row["form"] == form and row.get("digits") == digits and isinstance(row.get(column), Threshold)
     ]
-    return max(found, key=lambda row: (row["examples"], row["parameters"]))[column] if found else None
+    amounts = [tuple(row[amount] for amount in AMOUNTS) for row in found]
+    largest = [row for row, amount in zip(found, amounts) if amount == max(amounts)]
+    return largest[0][column] if len(largest) == 1 else None
 
 
 def _earlier(ours: Threshold, theirs: Threshold) -> str:
@@ -303,7 +305,7 @@ def _prompting(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         )
         if not direct:
             continue
-        helped = [size for size in sorted(direct) if _above(chain[size], direct[size])]
+        helped = [size for size in direct if _above(chain[size], direct[size], len(direct))]
         largest = max(direct)
         found = f"{len(helped)} of {len(direct)} models of {min(direct):,} to {largest:,} parameters are better so; "
         found += f"the largest has {chain[largest]} behind chains, {direct[largest]} behind direct answers"
@@ -312,15 +314,20 @@ def _prompting(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             held = ("yes, at all scales" if len(helped) == len(direct) else "yes") if largest in helped else "no"
         else:
             expected, held = "without any chains in training those in front do not help", "no" if helped else "yes"
+        if any(score.count < 2 for score in direct.values()):
+            held = "cannot be told"
         by = "Wei et al. 2022" if chains else "control"
         rows.append({"expected": expected, "by": by, "found": found, "held": held})
     return rows
 
 
-def _above(a: Spread, b: Spread) -> bool:
-    """Whether means differ by more than two standard errors."""
+def _above(a: Spread, b: Spread, comparisons: int) -> bool:
+    """Whether a mean is above another by Student's t, at 5 % for all comparisons together (Bonferroni)."""
+    freedom = a.count + b.count - 2
+    if not freedom:
+        return False
     error = math.sqrt(a.deviation**2 / a.count + b.deviation**2 / b.count)
-    return a.mean - b.mean > max(2 * error, 0.01)
+    return a.mean - b.mean > max(student.ppf(1 - 0.025 / comparisons, freedom) * error, 0.01)
 
 
 def figure(table: Sequence[Mapping[str, Any]]):
@@ -347,8 +354,10 @@ def figure(table: Sequence[Mapping[str, Any]]):
             found = rows[0].get(f"50 % at {amount}")
             if isinstance(found, Threshold) and math.isfinite(found.value):
                 axes[0][column].axvline(found.value, color=f"C{i}", linestyle=":")
-                end = found.high if math.isfinite(found.high) else rows[-1][amount]
-                axes[0][column].axvspan(found.low, end, color=f"C{i}", alpha=0.1)
+                low = found.low if math.isfinite(found.low) else rows[0][amount]
+                high = found.high if math.isfinite(found.high) else rows[-1][amount]
+                if found.state != "no interval":
+                    axes[0][column].axvspan(low, high, color=f"C{i}", alpha=0.1)
         for row, name in enumerate(MEASURES):
             axes[row][column].set_xscale("log")
             axes[row][column].xaxis.set_minor_formatter("")  # numbers would lie over each other

@@ -304,7 +304,7 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     found = records.read(folder / "records.jsonl")
     if not found:
         raise UserError(f"{folder / 'records.jsonl'} has no record of a run; --config.mode=train makes the runs")
-    _check_complete(found, module.runs(config.study), folder / "records.jsonl")
+    found = _of_grid(found, module.runs(config.study), folder / "records.jsonl")
     table = module.summarize(found)
     text = inspect.getdoc(module) or ""
     expected = module.expectations(table) if hasattr(module, "expectations") else []
@@ -343,8 +343,9 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     return found
 
 
-def _check_complete(found: list[dict], wanted: list[dict], path: Path) -> None:
-    """Refuses a grid with a missing cell: a mean over fewer seeds, or a law of fewer points, would not show it."""
+def _of_grid(found: list[dict], wanted: list[dict], path: Path) -> list[dict]:
+    """The records of a grid, and not those that another one has left in the folder, which a mean over seeds would take
+    for more of the same. Refuses a grid with a missing cell: a mean over fewer seeds would not show it either."""
     key = lambda overrides: json.dumps(plain(overrides), sort_keys=True)
     known = {key(run["overrides"]) for run in found}
     missing = [overrides for overrides in wanted if key(overrides) not in known]
@@ -353,6 +354,11 @@ def _check_complete(found: list[dict], wanted: list[dict], path: Path) -> None:
             f"{path} lacks {len(missing)} of {len(wanted)} runs of the grid, the first: {_shown(missing[0])}; "
             "--config.mode=train makes them, or ask for less by --config.study"
         )
+    asked = {key(overrides) for overrides in wanted}
+    kept = [run for run in found if key(run["overrides"]) in asked]
+    if len(kept) < len(found):
+        _say(f"{len(found) - len(kept)} of {len(found)} runs of {path} are not of this grid, and are left out")
+    return kept
 
 
 def _plain(value: Any) -> Any:

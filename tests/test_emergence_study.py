@@ -15,6 +15,7 @@ from tests import tiny
 from vfm import data, tokenizers
 from vfm.data.interleave import Layout
 from vfm.errors import UserError
+from vfm.evaluate.answers import _dataset
 from vfm.experiment import Experiment
 from vfm.plan import analytic
 from vfm.thresholds import Sigmoid, Threshold
@@ -220,33 +221,50 @@ def test_prompted():
 
 
 def test_chains_in_front_are_never_those_of_the_questions_pairs():
+    """And the questions are those of the model's own graph, whatever its seed."""
     c = config.get_config("prompted")
-    c.study.seeds = 1
+    c.study.update(seeds=2, widths=(8,))
     base = c.copy_and_resolve_references()
     del base.study
-    for overrides in study.runs(c.study)[:2]:
-        resolved = resolve(base, {**overrides, "seed": 5, "data.source.seed": 5})
-        tokenizer = tokenizers.build(resolved.tokenizer)
-        asked = plain(resolved.data) | plain(resolved.eval.answers.prompts.chain_shots)
-        assert {**asked["source"], "seed": 5} == {
-            **plain(resolved.data)["source"],
-            "seed": 5,
-            "chain": True,
-            "both": False,
-        }
-        dataset = data.build(
-            {name: asked[name] for name in ("name", "source", "shots", "shots_tasks", "separator")},
-            "test",
-            layout=Layout(resolved.data.length),
-            tokenizer=tokenizer,
-        )
-        for i in range(len(dataset)):
-            row = dataset.example(i, np.random.default_rng(i))
-            words = tokenizer.decode(row["tokens"][row["input_mask"]]).split()
+    for overrides in study.runs(c.study):
+        experiment = Experiment(resolve(base, overrides))
+        (asked,) = experiment.config.eval.answers.prompts.values()
+        direct, chain = (_dataset(experiment, "test", changes) for changes in ({}, plain(asked)))
+        assert [(i["prompt"], i["final"]) for i in direct.items] == [(i["prompt"], i["final"]) for i in chain.items]
+        for i in range(len(chain)):
+            row = chain.example(i, np.random.default_rng(i))
+            words = experiment.tokenizer.decode(row["tokens"][row["input_mask"]]).split()
             ends = [place for place, word in enumerate(words) if word == "="]
             pairs = [tuple(words[end - 2 : end]) for end in ends]
             assert len(pairs) == 3 and pairs[2] not in pairs[:2]
             assert [words[end + 2] for end in ends] == [">"] * 3
+
+
+def test_several_rates_and_one_seed_are_no_evidence():
+    c = config.get_config("rates")
+    table = study.summarize(made(c, study, score))
+    assert all(row["50 % at FLOPs"].state == "no interval" for row in table if row["form"] == "scratchpad")
+    assert not any("earlier" in row["expected"] for row in study.expectations(table))
+    c = config.get_config("prompted")
+    c.study.seeds = 1
+    found = study.expectations(study.summarize(made(c, study, shown)))
+    assert [row["held"] for row in found if "jumps" not in row["expected"]] == ["cannot be told"] * 4
+
+
+def test_other_ways_to_ask_are_rows_of_their_own(records):
+    more = {f"few_{metric}": 0.5 for metric in study.MEASURES.values()}
+    asked = [
+        {
+            **record,
+            "metrics": record["metrics"] | more,
+            "config": {**record["config"], "eval": {"answers": {"prompts": {"few": {"shots": 3}}}}},
+        }
+        for record in records
+    ]
+    rows = [row for row in study.summarize(asked) if row["form"] == "plain, asked as few"]
+    assert len(rows) == 5 and all(row["exact match"].mean == 0.5 for row in rows)
+    without = [{**record, "config": {**record["config"], "eval": {"answers": {"marker": ">"}}}} for record in records]
+    assert len(study.summarize(without)) == len(study.summarize(records))
 
 
 def test_a_run_without_answers_is_refused(records):

@@ -8,6 +8,7 @@ import pytest
 
 from vfm import scaling_laws
 from vfm.errors import UserError
+from vfm.scaling_laws.fitting import unpinned
 from vfm.scaling_laws.forms import FORMS
 
 FIXTURE = pathlib.Path(__file__).resolve().parents[1].parent / "shared" / "fixtures" / "functions" / "scaling_laws"
@@ -220,9 +221,9 @@ def test_the_largest_cell_predicted_from_the_others():
     )
 
 
-def isoflop_runs(noise, rng, budgets=5, sizes=7):
+def isoflop_runs(noise, rng, budgets=5, sizes=7, most=1e21):
     best = lambda c: (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (c / 6) ** (BETA / (ALPHA + BETA))
-    compute = np.repeat(np.geomspace(1e18, 1e21, budgets), sizes)
+    compute = np.repeat(np.geomspace(1e18, most, budgets), sizes)
     n = best(compute) * np.tile(np.geomspace(0.25, 4, sizes), budgets)
     return n, compute, noisy(surface(n, compute / (6 * n)), noise, rng), best
 
@@ -276,6 +277,36 @@ def test_the_envelope_of_training_curves():
     assert hits >= 0.85
     few = scaling_laws.envelope(*curves(sizes[:4], 0.0, np.random.default_rng(0)))
     assert few.size is None and "a line needs 3" in str(few.exponent)
+    with pytest.raises(UserError, match="there are none"):
+        scaling_laws.envelope([], [], [])
+
+
+def test_a_curve_that_ends_is_not_overtaken():
+    """A size stops before it is overtaken: where those beside it are the best is then not known either."""
+    sizes = np.geomspace(1e7, 1e10, 10)
+    n, compute, loss = curves(sizes, 0.0, np.random.default_rng(0))
+    budgets = lambda: {point.n.value: point.budget for point in scaling_laws.envelope(n, compute, loss).points}
+    whole = budgets()
+    for i in np.flatnonzero(n == sizes[4]):
+        stop = np.searchsorted(compute[i], whole[sizes[4]])
+        compute[i], loss[i] = compute[i][:stop], loss[i][:stop]
+    found = budgets()
+    assert {*whole} - {*found} == {*sizes[3:6]}
+    assert all(found[size] == pytest.approx(whole[size], rel=0.02) for size in found)
+
+
+def test_what_an_isoflop_line_does_not_pin_is_said_of_its_own_interval():
+    """The interval of the line is that of the simulated minima; the reason is too."""
+    rng = np.random.default_rng
+    said = []
+    for seed, (noise, budgets, most) in enumerate([(0.02, 5, 1e19), (0.01, 3, 1e20), (0.002, 3, 1e21)] * 8):
+        n, compute, loss, _ = isoflop_runs(noise, rng(seed), budgets=budgets, most=most)
+        found = scaling_laws.isoflop(n, compute, loss, draws=400)
+        if found.size is not None:
+            exponent = found.exponent
+            assert bool(exponent.reason) == bool(unpinned("a", exponent.low, exponent.high)), exponent
+            said.append(bool(exponent.reason))
+    assert {*said} == {True, False}
 
 
 @pytest.mark.parametrize(
@@ -322,6 +353,10 @@ def test_laws_are_the_same_after_save_and_load(tmp_path):
         ("{}", "is no file of scaling laws"),
         (json.dumps({**whole, "laws": {"joint": {"form": "chinchilla"}}}), "a law is not whole"),
         (json.dumps({**whole, "laws": {"joint": {**whole["laws"]["joint"], "theta": [1.0]}}}), "wrong shapes"),
+        (json.dumps({**whole, "laws": {"joint": {**whole["laws"]["joint"], "theta": ["1"] * 5}}}), "are no numbers"),
+        (json.dumps({**whole, "laws": {"jiont": whole["laws"]["joint"]}}), "unknown law 'jiont'"),
+        (json.dumps({**whole, "count": "totl"}), "did you mean 'total'"),
+        (json.dumps({**whole, "flops": 0}), "flops=0.0 must be positive"),
     ]:
         path.write_text(broken)
         with pytest.raises(UserError, match=message):

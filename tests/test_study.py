@@ -72,9 +72,13 @@ def test_every_run_leaves_one_record_and_finished_ones_are_skipped(tmp_path, run
     assert len(runs) == 4 and "is finished" in capsys.readouterr().err
 
 
-def test_a_grid_that_has_changed_makes_only_what_is_new(tmp_path, runs):
+def test_a_grid_that_has_changed_makes_only_what_is_new(tmp_path, runs, capsys):
     study(config(), str(tmp_path))
-    assert len(study(config((0.3, 0.2)), str(tmp_path))) == 6  # what was measured stays in the table
+    # What another grid has left is kept, and is not in the table.
+    found = study(config((0.3, 0.2)), str(tmp_path))
+    assert {run["overrides"]["optimizer.learning_rate"] for run in found} == {0.2, 0.3} and len(found) == 4
+    assert "2 of 6 runs of" in capsys.readouterr().err
+    assert len(study(config((0.1, 0.2, 0.3)), str(tmp_path))) == 6
     assert [rate for rate, *_ in runs[4:]] == [0.3, 0.3]
     with pytest.raises(UserError, match="another config .train.steps was 20, is 21"):
         study(config(**{"train.steps": 21}), str(tmp_path))

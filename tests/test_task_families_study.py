@@ -51,11 +51,28 @@ def test_table():
     assert (row["k = 4"].mean, row["k = 4"].count) == (pytest.approx(0.405), 2)
     points = [(k, k / 10 + draw / 100) for draw in range(2) for k in (1, 4, 8)]
     assert row[study.RANK] == pytest.approx(stats.spearmanr(*zip(*points)).statistic)
-    assert row[study.OF_MEANS] == pytest.approx(1) and " to " in row[study.INTERVAL]
+    assert row[study.OF_MEANS] == pytest.approx(1) and row[study.INTERVAL] == "needs 3 draws"
     assert rows["given", "held out", "token accuracy"][study.RANK] == pytest.approx(0)
     assert rows["given", "trained", "log-likelihood"][study.RANK] == "constant"
-    assert rows["withheld", "held out", "exact match"][study.INTERVAL] == "one draw"
+    assert rows["withheld", "held out", "exact match"][study.INTERVAL] == "needs 3 draws"
     assert [place[1] for place in rows][:4] == ["held out"] * 4 and len(rows) == 2 * 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slope, draw, noise", [(1, 0.5, 0.5), (0.3, 0.5, 0.5), (0, 0.5, 0.5)])
+def test_the_interval_of_the_correlation_covers_that_of_many_draws(slope, draw, noise):
+    def groups(rng, draws):
+        return [
+            [(k, slope * np.log2(k) + level + noise * rng.normal()) for k in (1, 2, 4, 8, 16)]
+            for level in draw * rng.normal(size=draws)
+        ]
+
+    true = np.mean([study._over(groups(np.random.default_rng(1000 + seed), 40)) for seed in range(20)])
+    covered = 0
+    for seed in range(200):
+        low, high = map(float, study._interval(groups(np.random.default_rng(seed), 5)).split(" to "))
+        covered += low <= true <= high
+    assert covered >= 0.9 * 200
 
 
 def test_steps_that_were_seen():
@@ -76,6 +93,9 @@ def test_expectations_can_fail():
     assert found["exact match of families held out rises with k: Spearman at least 0.9"] == "yes"
     assert found["token accuracy of families held out rises with k: Spearman at least 0.9"] == "no"
     assert found["exact match of families held out, k = 8: higher with the instruction than withheld"] == "yes"
+    # A control that stops at fewer families is compared there.
+    table = study.summarize([*records(), record(16, 0, answer_exact_match=1.0)])
+    assert "exact match of families held out, k = 8: higher with the instruction than withheld" in held(table)
     found = held(study.summarize(records(-1.0)))
     assert found["exact match of families held out rises with k: Spearman at least 0.9"] == "no"
     assert found["exact match of families held out, k = 8: higher with the instruction than withheld"] == "no"

@@ -62,6 +62,33 @@ def test_not_reached_and_the_like_are_said():
     assert 400 < between.value < 800
 
 
+def test_one_seed_gives_no_interval():
+    y = Sigmoid(math.log(600), 2.0)(PLACES)
+    for found in (threshold(PLACES, y), threshold(PLACES, y, groups=["a"] * len(y))):
+        assert found.state == "no interval" and str(found) == "600 (no interval)" and math.isnan(found.low)
+    # Nor where a single place has but one score.
+    assert threshold([*PLACES, *PLACES[1:]], [*y, *y[1:]]).state == "no interval"
+    assert threshold(PLACES, Sigmoid(math.log(60), 2.0)(PLACES) - 0.3).state == "below"
+
+
+@pytest.mark.parametrize("means", [[0.8, 0.45, 0.9, 0.95, 1, 1, 1], [0.49, 0.6, 0.62, 0.65, 0.7, 0.7, 0.75]])
+def test_a_crossing_before_the_first_place_is_below(means):
+    y = np.clip(np.array(means) + np.linspace(-0.05, 0.05, 5)[:, None], 0, 1)
+    found = threshold(np.tile(PLACES, 5), y.ravel())
+    assert found.state == "below" and found.low == -math.inf and 100 <= found.high < 200 and math.isnan(found.value)
+
+
+def test_scores_that_jump_to_and_fro_are_between_the_outermost():
+    found = threshold(np.repeat(PLACES, 3), np.repeat([0, 1, 0, 1, 1, 1, 1], 3))
+    assert (found.state, found.low, found.high) == ("between", pytest.approx(100), pytest.approx(800))
+
+
+def test_an_interval_without_a_beginning():
+    y = np.array([[0.2, 0.4, 0.7, 0.9, 1, 1, 1], [0.7, 0.8, 0.9, 1, 1, 1, 1], [0.3, 0.5, 0.7, 0.9, 1, 1, 1]])
+    found = threshold(np.tile(PLACES, 3), y.ravel(), groups=np.repeat(range(3), 7))
+    assert found.state == "found" and found.low == -math.inf and "[before, " in str(found)
+
+
 def test_an_interval_without_an_end():
     """One of four seeds is above the level at the last place alone, and two of them nowhere."""
     y = np.zeros((4, 7))

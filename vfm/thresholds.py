@@ -36,12 +36,14 @@ class Sigmoid:
 
 @dataclasses.dataclass(frozen=True)
 class Threshold:
-    """The place of a level: value, and the interval [low, high]; inf: beyond all that was measured.
+    """The place of a level: value, and the interval [low, high]; -inf, inf: before or beyond all that was measured.
 
-    state: "found"; "between": no score lies on the way up, so that the level is somewhere between the last place below
-    and the first above it, which are `low` and `high`; "not reached", "below" (already above the level at the first
-    place): value is nan, and `low` or `high` the last or first place; "not identified": the scores do not rise, or
-    there are too few places.
+    state: "found"; "no interval": found, but from one group alone or from places with one score, which tell no spread:
+    `low` and `high` are nan; "between": no score lies on the way up, so that the level is somewhere between the last
+    place before which all scores are below it and the first from which on all are above, which are `low` and `high`;
+    "not reached", "below": the curve crosses beyond the last or before the first place, value is nan, and `low` or
+    `high` is that place or the end of the interval that lies within; "not identified": the scores do not rise, or there
+    are too few places.
     """
 
     value: float
@@ -56,8 +58,11 @@ class Threshold:
             return f"< {_short(self.high)}"
         if self.state == "not identified":
             return self.state
+        if self.state == "no interval":
+            return f"{_short(self.value)} (no interval)"
+        low = _short(self.low) if math.isfinite(self.low) else "before"
         high = _short(self.high) if math.isfinite(self.high) else "beyond"
-        return f"{_short(self.value)} [{_short(self.low)}, {high}]"
+        return f"{_short(self.value)} [{low}, {high}]"
 
     def scaled(self, factor: float) -> "Threshold":
         """The same in another unit, such as FLOPs for steps."""
@@ -100,11 +105,12 @@ def threshold(
     """Where scores y at places x cross a level, by `fit_sigmoid`, with a bootstrap interval.
 
     groups: which scores belong together, such as those of one run at its checkpoints: whole groups are drawn. Without
-    them, the scores at each place are drawn among themselves, where each place has two or more, or else all points.
+    them, the scores at each place are drawn among themselves; there is no interval where one of them is alone at its
+    place, nor for a single group.
     Drawn means are moved away from the measured ones by sqrt(n / (n - 1)) and by Student's over the normal quantile,
     so that few seeds do not make the interval too narrow; the degrees of freedom are those of the groups, or of the
-    scores at all places on the way up. A draw that does not cross the level within the places counts as beyond them,
-    so that the end of the interval is inf.
+    scores at all places on the way up. A draw that does not cross the level within the places counts as before or
+    beyond them, so that the end of the interval is -inf or inf.
     Raises UserError as `fit_sigmoid`, and for a level that is not between floor and ceiling.
     """
     t, y = _checked(x, y, log, floor, ceiling)
@@ -130,10 +136,16 @@ def threshold(
         return unknown
     value = float(back(middle + offset / slope)[0])
     on_the_way = (means > 0.02) & (means < 0.98)
-    if not on_the_way.any() and above[0]:
-        low, high = back(places[above[0] - 1]), back(places[above[0]])
+    if not on_the_way.any() and above[0] and means[-1] >= level:
+        low, high = back(places[above[0] - 1]), back(places[np.flatnonzero(means < level)[-1] + 1])
         return Threshold(value, float(low), float(high), "between")
     drawn = _drawn(where, y, count, means, groups, bootstrap, np.random.default_rng(rng))
+    if drawn is None:
+        if value < first:
+            return Threshold(math.nan, -math.inf, first, "below")
+        if value > last:
+            return Threshold(math.nan, last, math.inf, "not reached")
+        return Threshold(value, math.nan, math.nan, "no interval")
     middles, slopes = _fit(places, count, drawn)
     values = middles + offset / slopes
     values = np.where(_flat(slopes, places) | (values > places[-1]), np.inf, values)
@@ -142,7 +154,12 @@ def threshold(
     low, high = np.quantile(values, [tail, 1 - tail], method="inverted_cdf")
     if math.isinf(low) and math.isinf(high) and low != high:
         return unknown
-    return Threshold(value, first if math.isinf(low) else float(back(low)), float(back(high)), "found")
+    low, high = (end if math.isinf(end) else float(back(end)) for end in (low, high))
+    if value < first or high == -math.inf:
+        return Threshold(math.nan, -math.inf, max(high, first), "below")
+    if value > last or low == math.inf:
+        return Threshold(math.nan, min(low, last), math.inf, "not reached")
+    return Threshold(value, low, high, "found")
 
 
 def _checked(x, y, log, floor, ceiling) -> tuple[np.ndarray, np.ndarray]:
@@ -212,10 +229,12 @@ def _fit(places: np.ndarray, count: np.ndarray, means: np.ndarray) -> tuple[np.n
     return middle, np.exp(slope)
 
 
-def _drawn(where, y, count, means, groups, bootstrap, rng) -> np.ndarray:
-    """float[bootstrap, P]: mean scores of draws with replacement."""
+def _drawn(where, y, count, means, groups, bootstrap, rng) -> np.ndarray | None:
+    """float[bootstrap, P]: mean scores of draws with replacement; None where nothing tells how much they vary."""
     P = len(count)
-    if groups is None and (count >= 2).all():
+    if groups is None:
+        if (count < 2).any():
+            return None
         drawn = np.empty((bootstrap, P))
         on_the_way = (means > 0.02) & (means < 0.98)
         wider = _wider((count - 1)[on_the_way].sum())
@@ -225,10 +244,10 @@ def _drawn(where, y, count, means, groups, bootstrap, rng) -> np.ndarray:
             inflated = wider * math.sqrt(len(scores) / (len(scores) - 1))
             drawn[:, place] = means[place] + (picked - means[place]) * inflated
         return drawn
-    names = {name: i for i, name in enumerate(dict.fromkeys(groups if groups is not None else range(len(y))))}
-    unit = np.array([names[name] for name in (groups if groups is not None else range(len(y)))])
+    names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     if len(names) < 2:
-        return np.repeat(means[None], bootstrap, axis=0)
+        return None
+    unit = np.array([names[name] for name in groups])
     number, total = np.zeros((len(names), P)), np.zeros((len(names), P))
     np.add.at(number, (unit, where), 1)
     np.add.at(total, (unit, where), y)

@@ -174,6 +174,9 @@ def test_questions_of_another_source_as_a_prompt(params):
     theirs = answers(theirs, params, {}, "test", None).metrics
     assert {f"fewer_{name}": value for name, value in theirs.items()}.items() <= found.items()
     assert found["fewer_answer_questions"] == 20 < found["answer_questions"]
+    # The same by what is other in it alone.
+    asked = {"prompts": {"fewer": {"source": {"size": 20}}}, "generate": False}
+    assert answers(Experiment(config(**{"eval.answers": asked})), params, {}, "test", None).metrics == found
 
 
 def test_final():

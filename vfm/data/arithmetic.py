@@ -171,7 +171,7 @@ def _part(split: str, fractions: Mapping[str, float], count: int, where: str) ->
 class Relations:
     """Facts of one hop and questions of two over a random graph: "7 father mother =", who is the mother of 7's father?
 
-    Every relation leads from each of `entities` (numbers, words each) to another one, at random: each is reached from
+    Every relation leads from each of `entities` (numbers, words each) to one of them, at random: each is reached from
     exactly one (a permutation). The training split has all questions of one hop and those of two hops that fall in
     `fractions["train"]`; the others have questions of two hops alone, none of which was trained on, while both of its
     facts were. chain: the answer of a question names what it passes first: "12 > 3".
@@ -204,18 +204,21 @@ class Relations:
                 f"{where}: entities={entities} must be at least 2, repeat={repeat} at least 1, and relations="
                 f"{relations} different names"
             )
-        if not 0 <= unchained < 1 or (both and not chain):
+        pairs = [(one, two) for one in relations for two in relations]
+        held = round(unchained * len(pairs))
+        if unchained and not 0 < held < len(pairs):
             raise UserError(
-                f"{where}: unchained={unchained} must be at least 0 and below 1, and both={both} needs chain=True"
+                f"{where}: unchained={unchained} of {len(pairs)} pairs of relations must be at least one, and not all"
             )
+        if both and not chain:
+            raise UserError(f"{where}: both=True needs chain=True")
         rng = stream(seed, "relations", entities, len(relations))
         self.graph = {name: rng.permutation(entities) for name in relations}
         paths = [(start, one, two) for start in range(entities) for one in relations for two in relations]
         order = rng.permutation(len(paths))
         asked = [paths[i] for i in order[_part(split, fractions, len(paths), where)]]
-        pairs = [(one, two) for one in relations for two in relations]
         order = stream(seed, "relations", "unchained", len(pairs)).permutation(len(pairs))
-        never = {pairs[i] for i in order[: round(unchained * len(pairs))]}
+        never = {pairs[i] for i in order[:held]}
         chained = [path for path in asked if path[1:] not in never]
         if split == "train":
             facts = [(start, name) for start in range(entities) for name in relations]

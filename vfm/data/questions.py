@@ -1,5 +1,6 @@
 """Questions and their answers as rows, with solved examples in front where they are wanted."""
 
+import collections
 from collections.abc import Mapping
 
 import numpy as np
@@ -61,14 +62,17 @@ class Questions:
         between = self.tokenizer.encode(separator)
         self._solved = [[*prompt, *answer, *between] for prompt, answer in ids]
         self._longest_shown = max(len(answer) for _, answer in ids)
-        # The place of each question among the examples, which may not stand in front of itself; -1: nowhere.
-        place = {item["prompt"]: i for i, item in enumerate(items)}
-        self._own = np.array([place.get(item["prompt"], -1) for item in self.items])
+        # The places of each question among the examples: none of them may stand in front of itself.
+        places: dict[str, list[int]] = {}
+        for i, item in enumerate(items):
+            places.setdefault(item["prompt"], []).append(i)
+        self._own = [places.get(item["prompt"], []) for item in self.items]
         names = [item.get("task", "") if shots_tasks else "" for item in items]
         self._pools = {name: np.flatnonzero([name == other for other in names]) for name in set(names)}
         self._pool_of = [item.get("task", "") if shots_tasks else "" for item in self.items]
         for name in sorted(set(self._pool_of)):
-            found = len(self._pools.get(name, ()))
+            copies = collections.Counter(items[i]["prompt"] for i in self._pools.get(name, ()))
+            found = copies.total() - max(copies.values(), default=1) + 1
             if found <= self.shots:
                 of = f" of task {name!r}" if name else ""
                 raise UserError(
@@ -119,9 +123,9 @@ class Questions:
         if not self.shots:
             return []
         pool, own = self._pools[self._pool_of[index]], self._own[index]
-        # One more than is wanted, should the question itself be among them.
-        drawn = pool[rng.choice(len(pool), self.shots + 1, replace=False)]
-        return [i for j in drawn[drawn != own][: self.shots] for i in self._solved[j]]
+        # More than are wanted, should the question itself be among them.
+        drawn = pool[rng.choice(len(pool), min(self.shots + max(len(own), 1), len(pool)), replace=False)]
+        return [i for j in drawn[~np.isin(drawn, own)][: self.shots] for i in self._solved[j]]
 
 
 def _read(source: Mapping, split: str, tokenizer) -> tuple[list[dict], list[tuple[list[int], list[int]]]]:

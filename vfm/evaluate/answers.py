@@ -62,8 +62,8 @@ def answers(experiment, params, variables, split: str, limit: int | None) -> Eva
 
     Options in config.eval.answers: generate; marker: what is compared with `final` is the text behind the last marker
     of an answer (without one, all of it); prompts: {NAME: fields of the data set `questions`}, other ways to ask the
-    same questions, such as {"few_shot": {"shots": 4, "length": 96}}, or those of another split, {"split": SPLIT}, or
-    another source; their metrics begin with NAME_.
+    same questions, such as {"few_shot": {"shots": 4, "length": 96}}, or those of another split, {"split": SPLIT}; their
+    metrics begin with NAME_. Of the field `source` only what is other is given, unless it names a source of its own.
     """
     chosen = options(experiment, "answers", OPTIONS)
     found, samples = {}, {}
@@ -136,7 +136,10 @@ def _dataset(experiment, split: str, changes: Mapping) -> Questions:
     if key not in kept:
         length = changes.get("length", experiment.layout.length)
         layout = Layout(length, experiment.layout.modalities)
+        own = fields["source"]
         fields |= {"loss": "answer", **{name: value for name, value in changes.items() if name != "length"}}
+        if "name" not in fields["source"]:
+            fields["source"] = {**own, **fields["source"]}
         kept[key] = data.build(fields, split, layout=layout, tokenizer=experiment.tokenizer)
     return kept[key]
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from vfm.errors import UserError
-from vfm.scaling_laws.fitting import Estimate, Fit, Prediction, cells, fit, interval
+from vfm.scaling_laws.fitting import Estimate, Fit, Prediction, cells, fit, interval, physical, unpinned
 
 # Training FLOPs of a parameter and a token (Kaplan et al. 2020, section 2.1): C = 6 N D.
 FLOPS = 6.0
@@ -45,7 +45,8 @@ class Allocation(NamedTuple):
         if self.size is None:
             return Estimate(np.nan, np.nan, np.nan, self.reason)
         alpha = self.size.parameters["alpha"]
-        return Estimate(-alpha.value, -alpha.high, -alpha.low, alpha.reason.replace("alpha", "a"))
+        reason = alpha.reason and (unpinned("a", -alpha.high, -alpha.low) or alpha.reason.replace("alpha", "a"))
+        return Estimate(-alpha.value, -alpha.high, -alpha.low, reason)
 
 
 class Optimum(NamedTuple):
@@ -90,8 +91,14 @@ def envelope(
         if not len(where):
             continue
         first, last = where[0], where[-1]
-        seen = first > 0 and last < len(grid) - 1 and np.isfinite(curves[i, [first - 1, last + 1]]).all()
-        if not seen:
+        if not (0 < first <= last < len(grid) - 1 and 0 < i < len(sizes) - 1):
+            continue
+        # Each change of the best is an overtaking, not where one curve ends or another begins; and the sizes on both
+        # sides were there to be overtaken.
+        at = np.arange(first - 1, last + 1)
+        at = at[best[at] != best[at + 1]]
+        needed = [curves[best[at], at + 1], curves[best[at + 1], at], curves[[i - 1, i + 1], [first, last]]]
+        if not np.isfinite(np.concatenate(needed)).all():
             continue
         middle = (grid[first] + grid[last]) / 2
         value = np.interp(middle, grid, curves[i])
@@ -162,7 +169,9 @@ def isoflop(
     expected = np.median((around**2).sum(-1)) / (len(u) - 2)
     if line.noise**2 > stats.f.ppf(0.95, len(u) - 2, nu) * expected:
         return allocation
-    return allocation._replace(size=dataclasses.replace(line, draws=theta))
+    reason = unpinned("alpha", *interval(theta[:, 1], level))
+    reasons = {name: reason for name in physical(line, line.theta)} if reason else {}
+    return allocation._replace(size=dataclasses.replace(line, draws=theta, reasons=reasons))
 
 
 def parametric(n: Sequence[float], d: Sequence[float], loss: Sequence[float], **settings) -> Fit:
@@ -238,6 +247,8 @@ def _curves(n, compute, loss, points: int = 2000):
     """(sizes, a grid of log compute, log loss float[sizes, points], NaN where a size was not trained so far)."""
     if not len(n) == len(compute) == len(loss):
         raise UserError(f"each run needs n, compute and loss; there are {len(n)}, {len(compute)} and {len(loss)}")
+    if not len(n):
+        raise UserError("an envelope needs the training curves of several sizes; there are none")
     runs = []
     for size, x, values in zip(n, compute, loss):
         x, values = np.asarray(x, float), np.asarray(values, float)
@@ -290,7 +301,7 @@ def _minimum(budget, size, middle, coefficients, simulated, level, flops):
     n = float(np.exp(best))
     u = best - middle
     value = float(np.exp(coefficients @ [1, u, u**2]))
-    low, high = interval(np.exp(drawn[bent]), level) if bent.any() else (np.nan, np.nan)
+    low, high = interval(_exp(drawn[bent]), level) if bent.any() else (np.nan, np.nan)
     return Point(budget, Estimate(n, low, high, reason), budget / (flops * n), value, reason), drawn
 
 

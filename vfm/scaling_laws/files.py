@@ -35,11 +35,7 @@ def save(
     path, laws: Mapping[str, Fit], *, count: str, flops: float = 6.0, about: Mapping[str, Any] | None = None
 ) -> None:
     """Writes laws, with their draws, atomically. Raises UserError for names that are not in LAWS or COUNTS."""
-    for name in laws:
-        if name not in LAWS:
-            raise unknown("law", name, LAWS, "scaling_laws.save")
-    if count not in COUNTS:
-        raise unknown("count of parameters", count, COUNTS, "scaling_laws.save")
+    _check(laws, count, "scaling_laws.save")
     fits = {name: {field: _short(value) for field, value in vars(law).items()} for name, law in laws.items()}
     content = {"scaling_laws": VERSION, "count": count, "flops": flops, "about": dict(about or {}), "laws": fits}
     report.write_json(path, content)
@@ -58,9 +54,21 @@ def load(path) -> Laws:
         raise UserError(f"{path} is no file of scaling laws of version {VERSION}, as experiments.scaling writes it")
     try:
         laws = {name: _fit(values) for name, values in content["laws"].items()}
-        return Laws(laws, content["count"], float(content["flops"]), content["about"])
+        found = Laws(laws, content["count"], float(content["flops"]), content["about"])
+        if not (np.isfinite(found.flops) and found.flops > 0):
+            raise ValueError(f"flops={found.flops} must be positive")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: a law is not whole: {type(error).__name__} {error}") from None
+    _check(found.laws, found.count, str(path))
+    return found
+
+
+def _check(laws: Mapping[str, Fit], count: str, where: str) -> None:
+    for name in laws:
+        if name not in LAWS:
+            raise unknown("law", name, LAWS, where)
+    if count not in COUNTS:
+        raise unknown("count of parameters", count, COUNTS, where)
 
 
 def _fit(values: Mapping[str, Any]) -> Fit:
@@ -69,6 +77,8 @@ def _fit(values: Mapping[str, Any]) -> Fit:
     found = {name: np.array(value) if name in arrays else value for name, value in fields.items()}
     made = Fit(**{**found, "variables": tuple(found["variables"])})
     P, V = len(FORMS[made.form].parameters), len(made.variables)
+    if any(found[name].dtype.kind not in "fiu" for name in arrays):
+        raise ValueError(f"arrays of {made.form} that are no numbers")
     if made.theta.shape != (P,) or made.draws.shape[1:] != (P,) or made.x.shape != (len(made.loss), V):
         raise ValueError(f"arrays of {made.form} with wrong shapes")
     return made

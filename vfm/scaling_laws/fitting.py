@@ -340,7 +340,7 @@ def _reasons(found: Fit, u, y) -> dict[str, str]:
     for i, name in enumerate(law.parameters):
         if name in EXPONENT_NAMES:
             drawn = interval(found.draws[:, i], found.level)
-            reasons[name] = _unpinned(name, *drawn) or _unpinned(name, *_profile(found, u, y, i))
+            reasons[name] = unpinned(name, *drawn) or unpinned(name, *_profile(found, u, y, i))
     lost = next(filter(None, reasons.values()), "")
     for name in physical(found, found.theta):
         if name == "E":
@@ -352,7 +352,7 @@ def _reasons(found: Fit, u, y) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _unpinned(name: str, low: float, high: float) -> str:
+def unpinned(name: str, low: float, high: float) -> str:
     """Why an interval does not pin an exponent; "" if it does."""
     if low <= 0 <= high:
         return f"{name} is not told from 0: {low:.3g} to {high:.3g}"
