@@ -25,6 +25,9 @@ SYMBOLS = "0123456789+=,>\n"
 # Of which whole curves are kept.
 MEASURES = ("answer_final_match", "answer_log_likelihood", "answer_edit_distance")
 RELATIONS = ("father", "mother", "friend", "neighbour")
+ENTITIES, HOPS_WIDTH, DEPTH = 20, 64, 2
+HOPS_SYMBOLS = (*map(str, range(ENTITIES)), *RELATIONS, "=", ">")
+SPECIALS = 3  # ids of a tokenizer beside its symbols
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -103,7 +106,7 @@ def addition(c: ConfigDict) -> None:
         "rates": (2.5e-3, 5e-3, 1e-2, 2e-2),
     }
     c.tokenizer = {"name": "symbols", "symbols": SYMBOLS}
-    c.model = model(len(SYMBOLS) + 3, 48, 2, 128)
+    c.model = model(len(SYMBOLS) + SPECIALS, 48, DEPTH, 128)
     # Which digits belong together is a matter of their places, as in the models of Lee et al. (2023). With rotary
     # positions, which tell distances, reversed sums stay on a plateau: their digits are ever farther from the answer's.
     c.model.backbone.positions = "learned"
@@ -128,7 +131,7 @@ def modular(c: ConfigDict) -> None:
     fractions = {"train": 0.5, "validation": 0.25, "test": 0.25}
     source = {"name": "modular", "modulus": p, "operation": "+", "signs": False, "fractions": fractions, "seed": 0}
     c.data = {"name": "questions", "source": source, "length": 5, "separator": " ", **common.DATA}
-    c.train.update(steps=2000, batch_size=256)
+    c.train.update(steps=3000, batch_size=256)
     c.optimizer.update(learning_rate=3e-3, weight_decay=1.0, b2=0.98)
     c.optimizer.schedule = {"name": "constant", "warmup_steps": 20}
     c.eval.update(every=50, limit=256, test_limit=0, batch_size=256, evaluators=("answers", "spectrum", "course"))
@@ -148,10 +151,10 @@ def hops(c: ConfigDict) -> None:
         "evaluations": 12,
         "shares": (0.1, 0.2, 0.4, 0.8),
     }
-    entities = 20
-    c.tokenizer = {"name": "symbols", "numbers": entities, "symbols": (*RELATIONS, "=", ">"), "separator": " "}
-    c.model = model(entities + len(RELATIONS) + 5, 64, 2, 16)
-    source = {"name": "relations", "entities": entities, "relations": RELATIONS, "chain": False, "repeat": 1, "seed": 0}
+    symbols = HOPS_SYMBOLS[ENTITIES:]
+    c.tokenizer = {"name": "symbols", "numbers": ENTITIES, "symbols": symbols, "separator": " "}
+    c.model = model(len(HOPS_SYMBOLS) + SPECIALS, HOPS_WIDTH, DEPTH, 16)
+    source = {"name": "relations", "entities": ENTITIES, "relations": RELATIONS, "chain": False, "repeat": 1, "seed": 0}
     source["fractions"] = {"train": 0.5, "validation": 0.25, "test": 0.25}
     c.data = {"name": "questions", "source": source, "length": 7, "separator": " ", **common.DATA}
     c.train.update(steps=1500, batch_size=64)

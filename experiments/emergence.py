@@ -5,11 +5,11 @@ Sums (`configs/emergence.py`): numbers of three digits, the answer as it is ("pl
 who is the mother of someone's father, over a random graph whose facts are all known; the answer alone ("direct"), or
 behind the one in between ("chain").
 
-All forms get the same FLOPs: longer rows, fewer steps. The exact match is that of what counts of an answer, the sum or
-the last person, as greedy decoding writes it for questions of the test split, none of which was trained on. Beside it
-stand two measures of the same models that change gradually: the log-likelihood in nats per token of the whole answer
-(of the scratchpad too, so that it compares sizes of one form, and not forms) and the edit distance of the answer, from
-0 to 1.
+All forms get the same FLOPs, to whole steps between checkpoints: longer rows, fewer steps. The exact match is that of
+what counts of an answer, the sum or the last person, as greedy decoding writes it for questions of the test split, none
+of which was trained on. Beside it stand two measures of the same models that change gradually: the log-likelihood in
+nats per token of the whole answer (of the scratchpad too, so that it compares sizes of one form, and not forms) and the
+edit distance of the answer, from 0 to 1.
 
 A threshold is where a sigmoid that was fitted to the exact match of all seeds comes to 50 %: in examples and in
 parameters over the models of a series, in steps and in training FLOPs over the checkpoints of one model. In brackets
@@ -31,6 +31,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from configs import emergence as config
+from experiments.grids import flops_per_token
 from experiments.records import Spread, spread
 from vfm.errors import UserError, unknown
 from vfm.thresholds import Threshold, threshold
@@ -74,7 +75,7 @@ def _sums(settings: Mapping[str, Any], form: str, **changes) -> dict[str, Any]:
     """The overrides of one model of sums; changes: examples, digits, width, rate."""
     chosen = {"examples": settings["most_examples"], "digits": settings["digits"], "width": settings["width"]}
     chosen |= {"rate": settings["learning_rates"][form], **changes}
-    length = row_length(form, chosen["digits"])
+    length, width = row_length(form, chosen["digits"]), chosen["width"]
     return {
         "data.source.form": form,
         "data.source.examples": chosen["examples"],
@@ -82,8 +83,8 @@ def _sums(settings: Mapping[str, Any], form: str, **changes) -> dict[str, Any]:
         "data.shots": 0,
         "data.length": length,
         "optimizer.learning_rate": chosen["rate"],
-        **config.size(chosen["width"]),
-        **_schedule(settings, length, row_length("plain", settings["digits"])),
+        **config.size(width),
+        **_schedule(settings, _share(length, row_length("plain", settings["digits"]), width, config.SYMBOLS)),
     }
 
 
@@ -93,9 +94,17 @@ def row_length(form: str, digits: int) -> int:
     return 1 + 2 * digits + 2 + answer + 1
 
 
-def _schedule(settings: Mapping[str, Any], length: int, shortest: int) -> dict[str, int]:
-    """Steps and checkpoints of a model whose rows are `length` tokens: as many tokens in all as the plain form has."""
-    every = max(round(settings["steps"] * shortest / length / settings["evaluations"]), 1)
+def _share(length: int, other: int, width: int, symbols: Sequence[str]) -> float:
+    """The FLOPs of a row of `other` tokens over those of one of `length`."""
+    vocabulary = len(symbols) + config.SPECIALS
+    backbone = config.model(vocabulary, width, config.DEPTH, length)["backbone"]
+    cost = lambda length: length * flops_per_token(backbone, length, vocabulary)
+    return cost(other) / cost(length)
+
+
+def _schedule(settings: Mapping[str, Any], share: float) -> dict[str, int]:
+    """Steps and checkpoints of a model that makes a share of the study's steps, to whole steps between checkpoints."""
+    every = max(round(settings["steps"] * share / settings["evaluations"]), 1)
     return {"train.steps": every * settings["evaluations"], "eval.every": every}
 
 
@@ -106,7 +115,7 @@ def _prompted(settings: Mapping[str, Any]) -> list[dict]:
             "data.source.chain": chains,
             "data.source.both": chains,
             **config.size(width),
-            **_schedule(settings, 1, 1),
+            **_schedule(settings, 1.0),
         }
         for width in settings["widths"]
         for chains in (False, True)
@@ -120,7 +129,7 @@ def _hops(settings: Mapping[str, Any]) -> list[dict]:
             "data.source.fractions": {"train": share, "validation": (1 - share) / 2, "test": (1 - share) / 2},
             "data.source.chain": chain,
             "data.length": 9 if chain else 7,
-            **_schedule(settings, 9 if chain else 7, 7),
+            **_schedule(settings, _share(9 if chain else 7, 7, config.HOPS_WIDTH, config.HOPS_SYMBOLS)),
         }
         for share in settings["shares"]
         for chain in (False, True)

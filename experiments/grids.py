@@ -1,4 +1,4 @@
-"""Grids of runs out of named schemes."""
+"""Grids of runs out of named schemes, and what a run of a grid costs."""
 
 import json
 from collections.abc import Mapping
@@ -37,3 +37,17 @@ def scheme(record: Mapping[str, Any], schemes: Schemes) -> str:
         if plain(overrides) == plain(record["overrides"]):
             return name
     return json.dumps(plain(record["overrides"]))
+
+
+def flops_per_token(backbone: Mapping[str, Any], length: int, vocab_size: int) -> float:
+    """Training FLOPs of a token in matrix products, as `vfm.flops` counts them on the program; of the section
+    model.backbone of a config, decoder-only with a gated MLP and as many heads for keys as for queries.
+
+    Of attention half is computed where a row has many chunks of queries (see `dot_product_attention`), also in a
+    window, whose mask saves nothing.
+    """
+    width, depth, mlp = (backbone[name] for name in ("width", "depth", "mlp_dim"))
+    chunk = max(64, -(-length // 8))
+    keys = sum(min(chunk, length - i) * min(i + chunk, length) for i in range(0, length, chunk)) / length
+    mixer = 3 * width**2 if backbone.get("mixer") == "convolution" else 4 * width**2 + 2 * keys * width
+    return 6.0 * (depth * (mixer + 3 * width * mlp) + width * vocab_size)

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import scaling as config
+from experiments import grids
 from experiments.scaling_figure import figure as figure
 from experiments.scaling_points import COUNTS, Cells, Point, early_stopped, groups, near_best
 from vfm import scaling_laws as laws
@@ -126,17 +127,10 @@ SWEEPS: dict[str, Callable[..., list[dict]]] = {"sizes": _sizes, "data": _data, 
 
 
 def flops_per_token(modality: str, architecture: str, width: int, depth: int) -> float:
-    """Training FLOPs of a token in matrix products, as `vfm.flops` counts them on the program.
-
-    Of attention half is computed where a row has many chunks of queries (see `dot_product_attention`), also in a
-    window, whose mask saves nothing.
-    """
+    """That of `grids.flops_per_token` for a model of the study."""
     length = config.length(modality)
-    mlp = config.backbone(architecture, width, depth, length)["mlp_dim"]
-    chunk = max(64, -(-length // 8))
-    keys = sum(min(chunk, length - i) * min(i + chunk, length) for i in range(0, length, chunk)) / length
-    mixer = 3 * width**2 if architecture == "convolution" else 4 * width**2 + 2 * keys * width
-    return 6.0 * (depth * (mixer + 3 * width * mlp) + width * config.MODALITIES[modality]["vocab_size"])
+    backbone = config.backbone(architecture, width, depth, length)
+    return grids.flops_per_token(backbone, length, config.MODALITIES[modality]["vocab_size"])
 
 
 # ------------------------------------------------------------------------------------------------------ the table

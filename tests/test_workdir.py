@@ -31,6 +31,13 @@ def prepare(path, c=None, **options):
     return workdir.prepare(str(path), config() if c is None else c, **{"write": True, **options})
 
 
+def work(path):
+    """Prepares a folder in which something has been done since."""
+    path = prepare(path)
+    (path / "metrics.jsonl").write_text("{}\n")
+    return path
+
+
 def refused(path, c):
     with pytest.raises(UserError) as error:
         prepare(path, c)
@@ -79,7 +86,7 @@ def test_references_and_numpy_values_are_written_as_their_values(tmp_path):
     ],
 )
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path, changes, told):
-    prepare(tmp_path)
+    work(tmp_path)
     before = (tmp_path / "config.json").read_text()
     c = ConfigDict(CONFIG | {name: value for name, value in changes.items() if "__" not in name})
     for name, value in changes.items():
@@ -101,6 +108,7 @@ def test_another_config_is_refused_with_the_fields_that_differ(tmp_path, changes
 def test_what_to_do_with_a_run_may_change(tmp_path):
     c = ConfigDict(CONFIG | {"eval": {"checkpoint": "latest", "limit": 3}, "generate": {"text": ""}})
     prepare(tmp_path, c)
+    (tmp_path / "results.json").write_text("{}")
     before = (tmp_path / "config.json").read_text()
     c.mode, c.generate.text, c.eval.checkpoint = "generate", "seven", "best"
     c.plan = {"anything": (1,)}
@@ -122,10 +130,27 @@ def test_fields_that_load_and_freeze_nothing_are_as_if_they_were_not_there(tmp_p
     assert [line.split()[0] for line in told] == ["init.checkpoint", "init.match", "init.path", "optimizer.frozen"]
 
 
+def test_a_folder_in_which_nothing_was_done_takes_another_config(tmp_path):
+    """After a start that failed, or a plan; but not of a run that has a checkpoint, nor of a study of which one has."""
+    held = lambda: json.loads((tmp_path / "config.json").read_text())["train"]["steps"]
+    prepare(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    prepare(tmp_path, config(train__steps=6), write=False)
+    assert held() == 5
+    prepare(tmp_path, config(train__steps=6))
+    assert held() == 6
+    for left in ("checkpoints/2", "runs/a/checkpoints/2"):
+        (tmp_path / left).mkdir(parents=True)
+        assert "train.steps was 6, is 5" in refused(tmp_path, config())
+        (tmp_path / left).rmdir()
+    assert prepare(tmp_path) and held() == 5
+
+
 def test_other_processes_do_not_write(tmp_path):
     assert prepare(tmp_path / "a", write=False) == tmp_path / "a"
     assert list((tmp_path / "a").iterdir()) == []
-    prepare(tmp_path / "a")
+    work(tmp_path / "a")
     with pytest.raises(UserError, match="seed is new, 1"):
         prepare(tmp_path / "a", ConfigDict(CONFIG | {"seed": 1}), write=False)
 

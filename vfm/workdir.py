@@ -60,12 +60,22 @@ def differences(old: Any, new: Any) -> list[str]:
     return found
 
 
+def begun(path: pathlib.Path) -> bool:
+    """Whether a run, or one of a study, has left anything here; not where it was planned, or failed to start."""
+    for folder in (path, *path.glob("runs/*")):
+        files = (folder / name for name in ("metrics.jsonl", "records.jsonl", "results.json"))
+        if any(file.is_file() and file.stat().st_size for file in files) or any(folder.glob("checkpoints/*")):
+            return True
+    return False
+
+
 def prepare(workdir: str, config: Any, *, write: bool) -> pathlib.Path:
     """Makes the folder and writes config.json; refuses a folder whose config differs, naming the fields.
 
-    `config.allow_changed_config` lets a changed config through; it is not written here but by `record`, once it
-    is known to work. What FREE lists may always change. `write` is False on all processes but the first. Raises
-    `UserError` for a folder that cannot be written and for a config that JSON cannot hold.
+    Where nothing has `begun`, another config takes the place of the one that is there. `config.allow_changed_config`
+    lets a changed config through; it is not written here but by `record`, once it is known to work. What FREE lists
+    may always change. `write` is False on all processes but the first. Raises `UserError` for a folder that cannot be
+    written and for a config that JSON cannot hold.
     """
     if "://" in workdir:
         raise UserError(f"--workdir={workdir} must be a folder of a (shared) file system")
@@ -82,7 +92,10 @@ def prepare(workdir: str, config: Any, *, write: bool) -> pathlib.Path:
             different = differences(dict(json.loads(file.read_bytes())), config)
         except (ValueError, TypeError, OSError):
             raise UserError(f"{file} is not the JSON of a config; remove it or choose another --workdir") from None
-        if different and not config.get("allow_changed_config", False):
+        if different and not begun(path):
+            if write:
+                record(path, config)
+        elif different and not config.get("allow_changed_config", False):
             raise UserError(
                 f"{path} holds a run with another config ({'; '.join(different)}). Choose another --workdir, "
                 "or pass --config.allow_changed_config to continue it with this one"
