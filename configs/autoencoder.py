@@ -5,7 +5,7 @@
 
     configs/autoencoder.py              scikit-learn's handwritten digits, 8×8; no network
     configs/autoencoder.py:spectrogram  spectrograms of synthesised digits (`vfm/data/speech.py`), 32×32; no network
-    configs/autoencoder.py:tfds         MNIST through TFDS, 28×28; set --config.data.source.data_dir
+    configs/autoencoder.py:tfds         MNIST through TFDS, 28×28; set --config.data.dir
     configs/autoencoder.py:digits       the halves of configs/digits.py's image modality, to be loaded into its model
     configs/autoencoder.py:smoke        a few steps of the first, of two models
 
@@ -92,6 +92,7 @@ def recorded(c: ConfigDict) -> None:
     c.title = "Autoencoders with the same latents: MNIST"
     c.model = model(image_size=(28, 28), widths=(8, 16, 32))
     c.data.source = digits.recorded_sources("", samples=1)["image"]
+    common.own_folder(c)
     c.train.update(steps=800, batch_size=32)
     c.eval.test_limit = 2000
 

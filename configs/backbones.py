@@ -18,7 +18,7 @@ the same optimizer, and differ in what tells the families apart: who sees whom, 
 tuned for any of them.
 """
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 
 from configs import common
 from vfm.backbones.decoder_only import LLAMA
@@ -120,11 +120,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def labelled(c: ConfigDict) -> None:
     """The same study on another corpus; the tokenizer is trained on its texts as well."""
-    c.data.dir = FieldReference("")
     c.data.source = {
         "name": "jsonl",
-        "dir": c.data.get_ref("dir"),
+        "dir": "",
         "paths": {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"},
         "text_field": "text",
         "label_field": "label",
     }
+    common.own_folder(c)

@@ -1,6 +1,6 @@
 """Defaults of every config."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from vfm.errors import unknown
 
@@ -14,6 +14,14 @@ def check_variant(arg: str, config: str, variants: tuple[str, ...]) -> None:
     """Refuses `configs/NAME.py:ARG` for an ARG that the config does not have."""
     if arg and arg not in variants:
         raise unknown("variant", arg, variants, f"configs/{config}.py")
+
+
+def own_folder(c: ConfigDict) -> None:
+    """--config.data.dir is the folder of the source."""
+    for field in ("data_dir", "dir"):
+        if field in c.data.source:
+            c.data.dir = FieldReference("")
+            c.data.source[field] = c.data.get_ref("dir")
 
 
 def base() -> ConfigDict:

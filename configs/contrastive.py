@@ -29,6 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tokenizer = {"name": "byte", "special": SPECIAL}
     c.model = model(image_size=(8, 8), stages=(2, 2), widths=(24, WIDTH), num_samples=1024, n_fft=512, frames=2)
     c.objective = {"name": "contrastive", "pairs": PAIRS, "loss": "infonce", "momentum": 0.0, "queue": 0}
+    c.objective.update(chunks=1, cache=1)
     c.data = {
         "name": "composed",
         "length": LENGTH,

@@ -7,15 +7,15 @@
                                         and say where with --config.init.path=runs/autoencoder; its results.json has
                                         latent_std_image: set --config.model.decoders.image.latent.scale to 1 over it
     configs/diffusion.py:fashion_mnist  Fashion-MNIST through TFDS, 28×28; a size for a GPU; set
-                                        --config.data.source.data_dir
+                                        --config.data.dir
+    configs/diffusion.py:flow           the first by flow matching in place of diffusion
     configs/diffusion.py:control        a control branch for edges of the digit that is to be drawn (ControlNet), on the
                                         frozen first: say where that is with --config.init.path=runs/diffusion
     configs/diffusion.py:smoke          a few steps of the first
 
 --config.eval.generation.bits=100 adds the bound on bits per dimension of 100 test images (1000 passes).
 
-By flags: --config.model.decoders.image.network.conditioning=cross_attention (adaln, in_context), and with
---config.model.decoders.image.process="{'name': 'flow'}" flow matching in place of diffusion.
+By flags: --config.model.decoders.image.network.conditioning=cross_attention (adaln, in_context).
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ CLASSES = 10
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    common.check_variant(arg, "diffusion", ("smoke", "latent", "fashion_mnist", "control"))
+    common.check_variant(arg, "diffusion", ("smoke", "latent", "fashion_mnist", "flow", "control"))
     c = common.base()
     c.title = "Class-conditional diffusion: scikit-learn's handwritten digits"
     c.tokenizer = {"name": "byte", "special": SPECIAL}  # there is no text
@@ -39,10 +39,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
     c.optimizer.schedule.warmup_steps = 200
     c.eval.update(every=0, evaluators=("generation",), batch_size=180)
-    c.eval.generation = {"features": "judge", "steps": 50, "guidance": 2.0}
+    c.eval.generation = {"features": "judge", "steps": 50, "guidance": 2.0, "bits": 0}
     c.checkpoint.update(every=2000, keep_best=0)
     if arg == "latent":
         latent(c)
+    if arg == "flow":
+        c.title = "Class-conditional flow matching: scikit-learn's handwritten digits"
+        c.model.decoders.image.process = {"name": "flow"}
     if arg == "control":
         control(c)
     if arg == "fashion_mnist":
@@ -130,6 +133,7 @@ def fashion_mnist(c: ConfigDict) -> None:
         "features": {"image": "image", "label": "label"},
         "splits": {"train": "train[:59000]", "validation": "train[59000:]", "test": "test"},
     }
+    common.own_folder(c)
     c.train.update(steps=40_000, batch_size=256, ema=0.9999)
     c.optimizer.update(learning_rate=3e-4)
     c.optimizer.schedule.warmup_steps = 1000

@@ -5,6 +5,9 @@ The single-modality special case: encoder -> backbone -> decoder, no projectors.
     configs/lm.py              a small LLaMA on the source text of Python's standard library; BPE is trained first
     configs/lm.py:gpt2         the same in the GPT-2 style, with tied embeddings
     configs/lm.py:bytes        the same without a tokenizer: bytes as tokens
+    configs/lm.py:corpus       your own text: JSON lines train.jsonl, validation.jsonl and test.jsonl in
+                               --config.data.dir, as experiments.prepare writes them; other names by
+                               --config.data.source.paths.train=NAME
     configs/lm.py:shakespeare  the character-level CPU setting of nanoGPT (4 layers, width 128, context 64, batch 12,
                                2000 steps) on Tiny Shakespeare through TFDS; set --config.data.dir
     configs/lm.py:smoke        a few steps of the first
@@ -15,16 +18,15 @@ from ml_collections import ConfigDict, FieldReference
 from configs import common
 from vfm.backbones.decoder_only import GPT2, LLAMA
 
-VOCABULARY = 4096
-
 
 def get_config(arg: str = "") -> ConfigDict:
-    common.check_variant(arg, "lm", ("smoke", "gpt2", "bytes", "shakespeare"))
+    common.check_variant(arg, "lm", ("smoke", "gpt2", "bytes", "corpus", "shakespeare"))
     c = common.base()
     c.title = "Language model of Python's standard library"
     length = 256
-    c.tokenizer = {"name": "bpe", "vocab_size": VOCABULARY, "pattern": "gpt2", "path": ""}
-    c.model = model(VOCABULARY, length, GPT2 if arg == "gpt2" else LLAMA)
+    vocabulary = FieldReference(4096)  # --config.tokenizer.vocab_size is that of the model
+    c.tokenizer = {"name": "bpe", "vocab_size": vocabulary, "pattern": "gpt2", "path": ""}
+    c.model = model(vocabulary, length, GPT2 if arg == "gpt2" else LLAMA)
     c.objective = {"name": "next_token"}
     c.data = {"name": "text", "length": length, "source": {"name": "stdlib"}, **common.DATA}
     c.train.update(steps=2000, batch_size=16)
@@ -32,13 +34,14 @@ def get_config(arg: str = "") -> ConfigDict:
     c.generate.update(text="def ", max_new=128, temperature=0.7)
     if arg in ("bytes", "shakespeare"):
         bytes_as_tokens(c)
+    if arg == "corpus":
+        corpus(c)
     if arg == "shakespeare":
         shakespeare(c)
     if arg == "smoke":
         c.data.source.limit = 20
         c.data.length = 64
-        for block in (c.tokenizer, c.model.encoders.text, c.model.decoders.text):
-            block.vocab_size = 512
+        c.tokenizer.vocab_size = 512
         c.train.update(steps=4, batch_size=8)
         c.optimizer.schedule.warmup_steps = 2
         c.eval.update(limit=16, test_limit=16, batch_size=8)
@@ -47,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
-def model(vocab_size: int, length: int, style: dict, width: int = 128, depth: int = 4) -> dict:
+def model(vocab_size: int | FieldReference, length: int, style: dict, width: int = 128, depth: int = 4) -> dict:
     """Encoder, backbone and decoder; the GPT-2 style ties encoder and decoder."""
     return {
         "centre": "text",
@@ -73,18 +76,25 @@ def bytes_as_tokens(c: ConfigDict) -> None:
         block.vocab_size = 259
 
 
+def corpus(c: ConfigDict) -> None:
+    c.title = "Language model of a corpus"
+    paths = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+    c.data.source = {"name": "jsonl", "dir": "", "paths": paths, "text_field": "text"}
+    common.own_folder(c)
+    c.generate.text = ""
+
+
 def shakespeare(c: ConfigDict) -> None:
     """Sizes, batch and steps of nanoGPT's CPU run, which reports a validation loss of 1.88 nats per character."""
     c.title = "Characters of Shakespeare, as nanoGPT on a CPU"
-    folder = FieldReference("")
-    c.data.dir = folder
     c.data.source = {
         "name": "tfds",
         "dataset": "tiny_shakespeare:1.0.0",
-        "data_dir": folder,
+        "data_dir": "",
         "features": {"text": "text"},
         "splits": {"train": "train", "validation": "validation", "test": "test"},
     }
+    common.own_folder(c)
     c.data.length, c.model.backbone.max_len = 64, 256
     c.train.update(steps=2000, batch_size=12)
     c.optimizer.update(learning_rate=3e-3, weight_decay=0.1)

@@ -24,7 +24,7 @@ What is varied stands in `config.study`. The learning rate goes with 1 / width, 
 al. 2022); `variations` multiply rate and batch for the first seed, and show how near each size is to its best.
 """
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 
 from configs import common
 from vfm.backbones.decoder_only import LLAMA
@@ -185,10 +185,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tokenizer = MODALITIES[modality]["tokenizer"]
     c.model = model(modality, "vanilla", width, depth)
     c.data = data(modality)
-    for field in ("data_dir", "dir"):
-        if field in c.data.source:
-            c.data.dir = FieldReference("")
-            c.data.source[field] = c.data.get_ref("dir")
+    common.own_folder(c)
     c.objective = {"name": "next_token"}
     c.train.update(steps=3906, batch_size=8)
     c.optimizer.update(learning_rate=0.4 / width, weight_decay=0.1)

@@ -5,7 +5,7 @@
     configs/vae.py          scikit-learn's handwritten digits, binarised; no network
     configs/vae.py:mnist    MNIST through TFDS, binarised anew in every epoch, as in the paper, whose VAE has
                             log p(x) = -86.8 nats there, and 19 active units of 50, after 3280 epochs of batches of 20;
-                            these are 170 epochs of batches of 100. Set --config.data.source.data_dir
+                            these are 170 epochs of batches of 100. Set --config.data.dir
     configs/vae.py:vq       the first with codes in place of the Gaussian: bits per dimension, and use of the codebook
     configs/vae.py:smoke    a few steps of the first
 
@@ -88,6 +88,7 @@ def mnist(c: ConfigDict) -> None:
         "features": {"image": "image", "label": "label"},
         "splits": {"train": "train[:59000]", "validation": "train[59000:]", "test": "test"},
     }
+    common.own_folder(c)
     c.train.steps = 100_000
     c.eval.update(every=20_000, batch_size=500)
     c.checkpoint.every = 5000

@@ -7,7 +7,7 @@
                                   codes of several scales; no network
     configs/var.py                the model of these codes, under the class; the first stage is frozen
     configs/var.py:fashion_first  the first stage for Fashion-MNIST through TFDS; set
-                                  --config.data.source.data_dir; this one and the next are of a size for a GPU
+                                  --config.data.dir; this one and the next are of a size for a GPU
     configs/var.py:fashion        the model of its codes
     configs/var.py:smoke          a few steps of the second, with a first stage that has learned nothing
 
@@ -74,6 +74,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "features": {"image": "image", "label": "label"},
             "splits": {"train": "train[:59000]", "validation": "train[59000:]", "test": "test"},
         }
+        common.own_folder(c)
         c.data.augment = {}
         c.train.update(steps=20_000, batch_size=256)
         c.optimizer.update(learning_rate=3e-4)

@@ -1,7 +1,7 @@
 """Runs every comparison with trusted libraries that can run here: `python -m experiments.certify [--only=REGEX]`.
 
-Writes docs/certificates.md: what, oracle and its version, largest difference, tolerance, date. Exit status 1 if a
-check that ran failed. The oracles are the extra `parity`.
+Writes docs/certificates.md: what, oracle and its version, largest difference, tolerance, date; some checks alone are
+written only where --output says. Exit status 1 if a check that ran failed. The oracles are the extra `parity`.
 """
 
 import pathlib
@@ -12,6 +12,8 @@ from absl import flags
 
 from experiments.command_line import parse_flags
 
+OUTPUT = "docs/certificates.md"
+
 
 def cli(argv: list[str] | None = None) -> int:
     """Returns the exit status."""
@@ -19,9 +21,13 @@ def cli(argv: list[str] | None = None) -> int:
 
     values = flags.FlagValues()
     flags.DEFINE_string("only", "", "run only the checks whose name holds a match of this regex", flag_values=values)
-    flags.DEFINE_string("output", "docs/certificates.md", "where the table goes", flag_values=values)
+    flags.DEFINE_string("output", "", "where the table goes", flag_values=values)
+    flags.DEFINE_boolean("help", False, "what the command does", flag_values=values)
     try:
         parse_flags(values, sys.argv[1:] if argv is None else argv)
+        if values.help:
+            print(__doc__.strip())
+            return 0
         try:
             only = re.compile(values.only)
         except re.error as error:
@@ -41,10 +47,11 @@ def cli(argv: list[str] | None = None) -> int:
                 f"(tolerance {check.tolerance:.0e}) {state}",
                 flush=True,
             )
-        output = pathlib.Path(values.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(certificates.table(found), encoding="utf-8")
-        print(f"wrote {output}")
+        if values.output or not values.only:
+            output = pathlib.Path(values.output or OUTPUT)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(certificates.table(found), encoding="utf-8")
+            print(f"wrote {output}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

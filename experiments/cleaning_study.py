@@ -223,8 +223,12 @@ def cli(argv: Sequence[str] | None = None) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("output", "", "", flag_values=values)
     flags.DEFINE_integer("seeds", 5, "", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("help", False, "", flag_values=values)
     try:
         command_line.parse_flags(values, sys.argv[1:] if argv is None else argv)
+        if values.help:
+            print(__doc__.strip())
+            return 0
         if not values.output:
             raise UserError("--output is missing; give a folder, such as --output=runs/cleaning")
         folder = pathlib.Path(values.output)

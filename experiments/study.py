@@ -135,6 +135,9 @@ def _train(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     from vfm.run import join
 
     base, grid = _grid(config, module)
+    for _, resolved in grid.values():  # before the first run, and not after hours of others
+        if (start := resolved.init.path) and not Path(start).expanduser().is_dir():
+            raise UserError(f"config.init.path={start!r} of a run of the study is not a folder")
     join(base)
     folder = prepare(workdir, base, write=distributed.is_main())
     if distributed.is_main():

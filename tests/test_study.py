@@ -329,6 +329,7 @@ def test_an_override_replaces_a_section_and_leaves_the_base_alone():
         ({"study.module": ""}, "config.study.module='' cannot be imported"),
         ({"study.module": "tests.tiny"}, "config.study.module='tests.tiny' has no function runs"),
         ({"study.rates": ()}, "the study has no runs"),
+        ({"init": {"path": "runs/nowhere"}}, "config.init.path='runs/nowhere' of a run of the study is not a folder"),
         ({"study.rates": (0.1, 0.1)}, "two runs with the same config: optimizer.learning_rate=0.1, seed=0"),
         ({"mode": "evaluate"}, "unknown mode 'evaluate' in config.mode of a study.*Known: plan, report, train"),
         ({"data.source.name": "stdlibs"}, "run [0-9a-f]{12} .optimizer.learning_rate=0.1, seed=0.: unknown source"),

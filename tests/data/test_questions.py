@@ -56,6 +56,32 @@ def test_a_row_and_where_its_loss_is(loss):
         np.testing.assert_array_equal(row["tokens"][at + 1], row["targets"][at])
 
 
+class Repeated(Sums):
+    """Each question three times, as one task and as another."""
+
+    def __len__(self):
+        return 3 * len(self.pairs)
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index % len(self.pairs))
+        return item | {"task": f"t{index // len(self.pairs)}"}
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_a_question_never_stands_solved_in_front_of_itself(tasks):
+    source = {"name": f"{__name__}.Repeated", "size": 4}
+    dataset = build(source=source, shots=3, shots_tasks=tasks, length=32)
+    for index in range(12):
+        for seed in range(5):
+            row = dataset.example(index, np.random.default_rng(seed))
+            *shown, asked = text(row["tokens"][row["input_mask"]]).split("\n")
+            assert len(shown) == 3 and asked.split("=")[0] not in {line.split("=")[0] for line in shown}
+    with pytest.raises(UserError, match="needs more than 4 examples"):
+        build(source=source, shots=4, shots_tasks=True, length=40)
+    with pytest.raises(UserError, match="needs more than 10 examples .* it has 10"):
+        build(source=source, shots=10, length=80)
+
+
 def test_blank_is_a_row():
     cfg = {"name": "questions", "source": SOURCE}
     blank, row = data.blank(cfg, layout=Layout(10), tokenizer=TOKENIZER), build().example(0)

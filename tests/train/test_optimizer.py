@@ -167,6 +167,12 @@ def test_updates_against_the_reference_libraries():
             np.testing.assert_allclose(change, io[f"out/clip_{limit}/g{leaf}"], rtol=1e-4, atol=1e-6)
 
 
+def test_a_clip_norm_of_0_clips_nothing():
+    params, grads = {"x": jnp.zeros(2)}, [{"x": 100 * jnp.ones(2)}]
+    history, _ = run(config(name="sgd", learning_rate=1.0, clip_norm=0.0), params, grads)
+    np.testing.assert_allclose(history[0]["x"], [-100, -100])
+
+
 def test_sgd_momentum():
     params, grads = {"x": jnp.zeros(2)}, [{"x": jnp.ones(2)}] * 3
     history, _ = run(config(name="sgd", learning_rate=1.0, momentum=0.5), params, grads)
@@ -276,7 +282,7 @@ def test_adafactor_factors_and_replicates_rows_and_columns():
         ({"learning_rate": 0}, "learning_rate=0.* must be a positive number"),
         ({"learning_rat": 0.1}, "did you mean 'learning_rate'"),
         ({"name": "lion", "eps": 1e-8}, "unknown field of lion 'eps' in optimizer.*b1, b2"),
-        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"clip_norm": -1.0}, "clip_norm"),
         ({"schedule": {"name": "cosin"}}, "did you mean 'cosine'"),
         ({"schedule": {"name": "cosine", "warmup": 3}}, "unknown field of cosine 'warmup'"),
         ({"schedule": {"name": "cosine", "warmup_steps": 100}}, "less than train.steps=100"),

@@ -37,7 +37,8 @@ class Jsonl:
         self.path = pathlib.Path(dir).expanduser() / pathlib.Path(paths[split]).expanduser()
         self.text_field, self.label_field = text_field, label_field
         if not self.path.is_file():
-            raise UserError(f"source 'jsonl': file {str(self.path)!r} does not exist")
+            hint = "" if dir else "; --config.data.dir=DIR says where the data are"
+            raise UserError(f"source 'jsonl': file {str(self.path)!r} does not exist{hint}")
         self.data: bytes | None = None
         if self.path.suffix == ".gz":
             try:

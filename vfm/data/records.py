@@ -41,7 +41,9 @@ def stream(seed: int, *keys: int | str) -> np.random.Generator:
 def existing_dir(path: str, where: str) -> pathlib.Path:
     """The folder, or a UserError that names it."""
     folder = pathlib.Path(path).expanduser()
-    if not str(path) or not folder.is_dir():  # an empty name would be the current folder
+    if not str(path):  # it would be the current folder
+        raise UserError(f"{where}: no folder is given; --config.data.dir=DIR says where the data are")
+    if not folder.is_dir():
         raise UserError(f"{where}: folder {str(path)!r} does not exist")
     return folder
 

@@ -45,10 +45,7 @@ def trained_bpe(
             "tokenizer 'bpe' has no `path`: train one with `python -m experiments.tokenizer`, or give vocab_size in a "
             "config that trains its own. Without training: tokenizer 'byte'"
         )
-    tokenizer = load(path, pattern=pattern, special=special)
-    if vocab_size not in (0, tokenizer.vocab_size):
-        raise UserError(f"tokenizer {path!r} has {tokenizer.vocab_size} ids, not vocab_size={vocab_size}")
-    return tokenizer
+    return of_file(path, vocab_size, pattern, special)
 
 
 def trained_palette(path: str = "", vocab_size: int = 0, special: tuple[str, ...] = palette.SPECIAL) -> Palette:
@@ -99,11 +96,21 @@ def save(path: str | pathlib.Path, tokenizer) -> None:
         formats.save(path, tokenizer)
 
 
+def of_file(
+    path: str, vocab_size: int = 0, pattern: str = "", special: Sequence[str] | Mapping[str, int] = ()
+) -> Tokenizer | ImageTokenizer:
+    """`load`; a vocab_size other than 0 must be the one found."""
+    found = load(path, pattern=pattern, special=special)
+    if vocab_size not in (0, found.vocab_size):
+        raise UserError(f"tokenizer {path!r} has {found.vocab_size} ids, not vocab_size={vocab_size}")
+    return found
+
+
 TOKENIZERS = {
     "bpe": trained_bpe,
     "byte": ByteTokenizer,
     "codes": trained_codes,
-    "file": load,
+    "file": of_file,
     "palette": trained_palette,
     "symbols": SymbolTokenizer,
 }

@@ -5,7 +5,7 @@ The section `config.optimizer`:
     name                       one of OPTIMIZERS; its hyperparameters (b1, eps, momentum, …) stand beside it
     learning_rate              the peak learning rate
     schedule                   {name: one of SCHEDULES, warmup_steps, end_value, …}; absent: constant
-    clip_norm                  largest global norm of the gradient (2-norm); None or absent: no clipping
+    clip_norm                  largest global norm of the gradient (2-norm); 0, None or absent: no clipping
     weight_decay               a number (for kernels and embeddings only), or rows (regex, number)
     learning_rate_multipliers  rows (regex, factor); absent: 1 everywhere
     frozen                     regexes; these parameters get no update and have no optimizer state
@@ -201,9 +201,9 @@ def build_optimizer(
 
     parts = []
     clip_norm = fields.get("clip_norm")
-    if clip_norm is not None:
+    if clip_norm:
         if not clip_norm > 0:
-            raise UserError(f"optimizer.clip_norm={clip_norm} must be positive, or None for no clipping")
+            raise UserError(f"optimizer.clip_norm={clip_norm} must be positive, or 0 for no clipping")
         parts.append(optax.clip_by_global_norm(clip_norm))
     parts.append(direction)
     decay = _decay(fields.get("weight_decay"), params_shape)
