@@ -40,6 +40,7 @@ SERIES = ("examples", "widths", "digits", "rates", "prompted", "hops")
 MATCH, LIKELIHOOD, DISTANCE = "answer_final_match", "answer_log_likelihood", "answer_edit_distance"
 MEASURES = {"exact match": MATCH, "log-likelihood": LIKELIHOOD, "edit distance": DISTANCE}
 AMOUNTS = ("examples", "parameters")  # what a threshold over models may be in
+GAIN = 0.1  # of exact match, from which on a way of asking is said to help
 # How questions are asked of the models of `:prompted`, and what these were trained on.
 SHOWN = {"": "behind direct answers", "chain_shots_": "behind chains"}
 TRAINED = {False: "no chains trained", True: "some chains trained"}
@@ -312,31 +313,36 @@ def _prompting(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {row["parameters"]: row["exact match"] for row in table if row["form"] == f"{shown}, {trained}"}
             for shown in SHOWN.values()
         )
-        if not direct:
+        if not direct or not chain:
             continue
-        helped = [size for size in direct if _above(chain[size], direct[size], len(direct))]
+        better = {size: _better(chain[size], direct[size], len(direct)) for size in direct}
+        helped = [size for size in better if better[size]]
         largest = max(direct)
         found = f"{len(helped)} of {len(direct)} models of {min(direct):,} to {largest:,} parameters are better so; "
         found += f"the largest has {chain[largest]} behind chains, {direct[largest]} behind direct answers"
         if chains:
             expected = "chains in front of the question help above some scale, where those of other pairs were trained"
-            held = ("yes, at all scales" if len(helped) == len(direct) else "yes") if largest in helped else "no"
+            held = {True: "yes", False: "no"}.get(better[largest], "cannot be told")
         else:
-            expected, held = "without any chains in training those in front do not help", "no" if helped else "yes"
-        if any(score.count < 2 for score in direct.values()):
-            held = "cannot be told"
+            expected = "without any chains in training those in front do not help"
+            held = "no" if helped else "cannot be told" if None in better.values() else "yes"
         by = "Wei et al. 2022" if chains else "control"
         rows.append({"expected": expected, "by": by, "found": found, "held": held})
     return rows
 
 
-def _above(a: Spread, b: Spread, comparisons: int) -> bool:
-    """Whether a mean is above another by Student's t, at 5 % for all comparisons together (Bonferroni)."""
-    freedom = a.count + b.count - 2
-    if not freedom:
-        return False
-    error = math.sqrt(a.deviation**2 / a.count + b.deviation**2 / b.count)
-    return a.mean - b.mean > max(student.ppf(1 - 0.025 / comparisons, freedom) * error, 0.01)
+def _better(a: Spread, b: Spread, comparisons: int) -> bool | None:
+    """Whether a mean is above another by Welch's t, at 5 % for all comparisons together (Bonferroni); False where a
+    gain of GAIN or more is ruled out; None where neither can be told."""
+    if a.count < 2 or b.count < 2:
+        return None
+    parts = [score.deviation**2 / score.count for score in (a, b)]
+    half = 0.0
+    if sum(parts):
+        freedom = sum(parts) ** 2 / sum(part**2 / (score.count - 1) for part, score in zip(parts, (a, b)))
+        half = student.ppf(1 - 0.025 / comparisons, freedom) * math.sqrt(sum(parts))
+    gain = a.mean - b.mean
+    return True if gain > max(half, 0.01) else False if gain + half < GAIN else None
 
 
 def figure(table: Sequence[Mapping[str, Any]]):

@@ -136,7 +136,7 @@ def _train(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
 
     base, grid = _grid(config, module)
     for _, resolved in grid.values():  # before the first run, and not after hours of others
-        if (start := resolved.init.path) and not Path(start).expanduser().is_dir():
+        if (start := resolved.get("init", {}).get("path", "")) and not Path(start).expanduser().is_dir():
             raise UserError(f"config.init.path={start!r} of a run of the study is not a folder")
     join(base)
     folder = prepare(workdir, base, write=distributed.is_main())
@@ -307,7 +307,7 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     found = records.read(folder / "records.jsonl")
     if not found:
         raise UserError(f"{folder / 'records.jsonl'} has no record of a run; --config.mode=train makes the runs")
-    found = _of_grid(found, module.runs(config.study), folder / "records.jsonl")
+    found = _of_grid(found, _grid(config, module)[1], folder / "records.jsonl")
     table = module.summarize(found)
     text = inspect.getdoc(module) or ""
     expected = module.expectations(table) if hasattr(module, "expectations") else []
@@ -346,22 +346,34 @@ def _report(config: ConfigDict, workdir: str, module: ModuleType) -> list[dict]:
     return found
 
 
-def _of_grid(found: list[dict], wanted: list[dict], path: Path) -> list[dict]:
-    """The records of a grid, and not those that another one has left in the folder, which a mean over seeds would take
-    for more of the same. Refuses a grid with a missing cell: a mean over fewer seeds would not show it either."""
+def _of_grid(found: list[dict], grid: Mapping[str, tuple[dict, ConfigDict]], path: Path) -> list[dict]:
+    """The records of a grid: not those that another grid, or another config, has left in the folder, which a mean over
+    seeds would take for more of the same. Records are told by their overrides, so that those of an earlier version of
+    the code, which has other fields and so other names of runs, can be read.
+
+    Refuses a grid with a missing cell: a mean over fewer seeds would not show it either.
+    """
     key = lambda overrides: json.dumps(plain(overrides), sort_keys=True)
-    known = {key(run["overrides"]) for run in found}
+    known: dict[str, list[dict]] = {}
+    for run in found:
+        known.setdefault(key(run["overrides"]), []).append(run)
+    wanted = [overrides for overrides, _ in grid.values()]
     missing = [overrides for overrides in wanted if key(overrides) not in known]
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} of {len(wanted)} runs of the grid, the first: {_shown(missing[0])}; "
             "--config.mode=train makes them, or ask for less by --config.study"
         )
-    asked = {key(overrides) for overrides in wanted}
-    kept = [run for run in found if key(run["overrides"]) in asked]
+    kept = []
+    for overrides in wanted:
+        runs = known[key(overrides)]
+        ours = [run for run in runs if run["run"] in grid]
+        if len(runs) > 1 and len(ours) != 1:
+            raise UserError(f"{path} has {len(runs)} runs of other configs for {_shown(overrides)}; keep those of one")
+        kept += ours or runs
     if len(kept) < len(found):
         _say(f"{len(found) - len(kept)} of {len(found)} runs of {path} are not of this grid, and are left out")
-    return kept
+    return [run for run in found if any(run is one for one in kept)]
 
 
 def _plain(value: Any) -> Any:

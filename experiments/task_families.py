@@ -18,7 +18,7 @@ Controls: models that are trained and asked with the instruction withheld, or wi
 
 Spearman's rank correlation of a score with k: over the runs of all draws together, with a 95 % interval by a jackknife
 over draws (Student's t of Fisher's z), and of the means. Instruction-tuned large models do better on unseen tasks the
-on (Chung et al. 2022, figure 4; Iyer et al. 2022, OPT-IML, section 4.3).
+more tasks they were tuned on (Chung et al. 2022, figure 4; Iyer et al. 2022, OPT-IML, section 4.3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -137,7 +137,7 @@ def _interval(groups: Sequence[Sequence[tuple[float, float]]]) -> str:
         return f"needs {LEAST_DRAWS} draws"
     found = [_over(groups), *(_over([*groups[:i], *groups[i + 1 :]]) for i in range(n))]
     if None in found:
-        return "constant"
+        return "constant" if found[0] is None else "not identified"
     z = np.arctanh(np.clip(found, -0.9999, 0.9999))
     error = np.sqrt((n - 1) * np.var(z[1:]))
     half = student.ppf(0.975, n - 1) * error

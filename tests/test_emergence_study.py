@@ -8,7 +8,7 @@ import pytest
 from configs import emergence as config
 from experiments import emergence as study
 from experiments import grokking
-from experiments.records import markdown
+from experiments.records import Spread, markdown
 from experiments.study import resolve
 from experiments.study import study as run_study
 from tests import tiny
@@ -249,6 +249,20 @@ def test_several_rates_and_one_seed_are_no_evidence():
     c.study.seeds = 1
     found = study.expectations(study.summarize(made(c, study, shown)))
     assert [row["held"] for row in found if "jumps" not in row["expected"]] == ["cannot be told"] * 4
+
+
+def test_a_difference_is_told_only_where_seeds_allow():
+    better = lambda a, b: study._better(Spread(*a, 3), Spread(*b, 3), 4)
+    assert better((0.9, 0.02), (0.1, 0.02)) and better((0.9, 0.0), (0.1, 0.0))
+    assert better((0.1, 0.01), (0.1, 0.01)) is False and better((0.1, 0.0), (0.9, 0.0)) is False
+    assert better((0.7, 0.35), (0.05, 0.01)) is None
+    assert study._better(Spread(0.9, 0.0, 1), Spread(0.1, 0.0, 1), 4) is None
+    # Of equal means, for a noisy score against one that is nearly constant.
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(2000):
+        scores = rng.normal(0.0, 0.1, 3), rng.normal(0.0, 0.002, 3)
+        wrong += study._better(*(Spread(x.mean(), x.std(ddof=1), 3) for x in scores), 4) is True
+    assert wrong < 0.02 * 2000  # 0.05 / 2 / 4 of each
 
 
 def test_other_ways_to_ask_are_rows_of_their_own(records):

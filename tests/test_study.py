@@ -237,6 +237,21 @@ def test_a_grid_with_a_missing_cell_is_refused(tmp_path, runs):
     assert study(config((0.1,), mode="report"), str(tmp_path))  # what is asked for is there
 
 
+def test_records_of_another_config_are_not_more_seeds(tmp_path, runs):
+    found = study(config(), str(tmp_path))
+    path = tmp_path / "records.jsonl"
+    lines = path.read_text()
+    one = json.loads(lines.splitlines()[0])
+    other = json.dumps({**one, "run": "another"}) + "\n"
+    path.write_text(other + lines)  # beside those of this config
+    assert study(config(mode="report"), str(tmp_path)) == found
+    path.write_text(lines.replace(one["run"], "older"))  # alone, of an earlier version
+    assert len(study(config(mode="report"), str(tmp_path))) == 4
+    path.write_text(other + lines.replace(one["run"], "older"))
+    with pytest.raises(UserError, match="has 2 runs of other configs for optimizer.learning_rate=0.1, seed=0"):
+        study(config(mode="report"), str(tmp_path))
+
+
 def test_a_study_may_write_files_for_others(tmp_path, monkeypatch, runs):
     monkeypatch.setattr(tiny_study, "files", lambda records: {"law.json": b"%d" % len(records)}, raising=False)
     study(config(), str(tmp_path))

@@ -81,6 +81,8 @@ def test_a_crossing_before_the_first_place_is_below(means):
 def test_scores_that_jump_to_and_fro_are_between_the_outermost():
     found = threshold(np.repeat(PLACES, 3), np.repeat([0, 1, 0, 1, 1, 1, 1], 3))
     assert (found.state, found.low, found.high) == ("between", pytest.approx(100), pytest.approx(800))
+    for y in ([0, 0, 0, 1, 1, 1, 0], [1, 0, 0, 0, 1, 1, 1]):
+        assert threshold(np.repeat(PLACES, 3), np.repeat(y, 3)).state == "not identified"
 
 
 def test_an_interval_without_a_beginning():

@@ -135,12 +135,11 @@ def test_a_folder_in_which_nothing_was_done_takes_another_config(tmp_path):
     held = lambda: json.loads((tmp_path / "config.json").read_text())["train"]["steps"]
     prepare(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "metrics.jsonl").touch()
     prepare(tmp_path, config(train__steps=6), write=False)
     assert held() == 5
     prepare(tmp_path, config(train__steps=6))
     assert held() == 6
-    for left in ("checkpoints/2", "runs/a/checkpoints/2"):
+    for left in ("checkpoints/2", "runs/a/checkpoints/2", "tokenizer", "runs/a/metrics.jsonl"):
         (tmp_path / left).mkdir(parents=True)
         assert "train.steps was 6, is 5" in refused(tmp_path, config())
         (tmp_path / left).rmdir()

@@ -136,7 +136,9 @@ def threshold(
         return unknown
     value = float(back(middle + offset / slope)[0])
     on_the_way = (means > 0.02) & (means < 0.98)
-    if not on_the_way.any() and above[0] and means[-1] >= level:
+    if not on_the_way.any():  # draws would be all alike
+        if not above[0] or means[-1] < level:
+            return unknown
         low, high = back(places[above[0] - 1]), back(places[np.flatnonzero(means < level)[-1] + 1])
         return Threshold(value, float(low), float(high), "between")
     drawn = _drawn(where, y, count, means, groups, bootstrap, np.random.default_rng(rng))

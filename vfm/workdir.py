@@ -62,11 +62,8 @@ def differences(old: Any, new: Any) -> list[str]:
 
 def begun(path: pathlib.Path) -> bool:
     """Whether a run, or one of a study, has left anything here; not where it was planned, or failed to start."""
-    for folder in (path, *path.glob("runs/*")):
-        files = (folder / name for name in ("metrics.jsonl", "records.jsonl", "results.json"))
-        if any(file.is_file() and file.stat().st_size for file in files) or any(folder.glob("checkpoints/*")):
-            return True
-    return False
+    left = ("metrics.jsonl", "records.jsonl", "results.json", "tokenizer", "checkpoints/*")
+    return any(any(folder.glob(name)) for folder in (path, *path.glob("runs/*")) for name in left)
 
 
 def prepare(workdir: str, config: Any, *, write: bool) -> pathlib.Path:
