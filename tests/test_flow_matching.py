@@ -70,6 +70,10 @@ def test_times_of_training_are_shifted_and_logit_normal():
     assert even.min() >= 0 and even.max() <= 1 and abs(even.mean() - 0.5) < 0.02
     np.testing.assert_allclose(np.sort(shifted), np.sort(3 * even / (1 + 2 * even)), atol=1e-5)
     np.testing.assert_allclose(np.std(np.log(middle / (1 - middle))), 1.0, atol=0.05)
+    noisy = Flow(times="logit_normal", time_mean=2.0)
+    noisy.losses(functools.partial(_keep, seen, "noisy"), jnp.zeros((4000, 1)), jax.random.key(0))
+    noise = np.asarray(seen["noisy"]) / SCALE  # 1: pure noise
+    np.testing.assert_allclose(np.mean(np.log(noise / (1 - noise))), 2.0, atol=0.05)
 
 
 def _keep(seen, name, x, t):

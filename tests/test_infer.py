@@ -102,6 +102,14 @@ def test_a_condition_that_is_no_class_comes_from_a_file(tmp_path):
     experiment, weights = drawing(vector, "source", task="source->image", files=f"source={tmp_path}/v.npy")
     with pytest.raises(UserError, match="holds numbers that are not finite"):
         infer.answer(experiment, weights, tmp_path)
+    for content in (b"", b"no array"):
+        (tmp_path / "v.npy").write_bytes(content)
+        with pytest.raises(UserError, match="v.npy is not a .npy array"):
+            infer.answer(experiment, weights, tmp_path)
+    with open(tmp_path / "v.npy", "wb") as file:
+        np.savez(file, a=np.ones(4))
+    with pytest.raises(UserError, match="it is an archive of several arrays"):
+        infer.answer(experiment, weights, tmp_path)
     np.save(tmp_path / "v.npy", np.ones(4, np.float32))
     infer.answer(experiment, weights, tmp_path)
     assert np.load(tmp_path / "generated_image.npy").shape == (4, 4, 1)

@@ -79,6 +79,14 @@ def test_a_name_without_a_rule_is_refused():
         jax.jit(lambda x: sharding.constrain(x, "batch", "lenght", "width"))(jnp.zeros((8, 4, 4)))
 
 
+def test_two_dimensions_on_one_axis_are_refused():
+    rules = {**sharding.RULES, "vocab": "fsdp"}
+    with pytest.raises(
+        UserError, match="'fsdp' divides two of its dimensions .'vocab', 'embed'.*config.sharding_rules"
+    ):
+        sharding.spec(("vocab", "embed"), rules, (16, 16), sharding.make_mesh({"fsdp": 8}), "a table")
+
+
 def test_the_first_row_that_matches_wins():
     table = ((r".*/special/kernel", ("vocab",)), (r".*/kernel", ("embed",)))
     assert sharding.parameter_names("a/special/kernel", (8,), table) == ("vocab",)

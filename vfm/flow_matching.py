@@ -20,7 +20,8 @@ class Flow:
     2023). x_t = (1 - (1 - sigma_min) t) noise + t data, t from 0 to 1; the network gives the velocity.
 
     Fields:
-      times: of training: "uniform", or "logit_normal" with time_mean and time_std (Esser et al. 2024, eq. 19)
+      times: of training: "uniform", or "logit_normal" with time_mean and time_std (Esser et al. 2024, eq. 19, whose
+        time is 1 - t: a mean above 0 is towards the noise)
       shift: > 1 moves the times of training and sampling towards the noise, for large items (Esser et al. 2024, eq. 23)
     """
 
@@ -65,7 +66,7 @@ class Flow:
         """Times of training, float32[count]."""
         if self.times == "uniform":
             return self.shifted(jax.random.uniform(rng, (count,)))
-        return self.shifted(jax.nn.sigmoid(self.time_mean + self.time_std * jax.random.normal(rng, (count,))))
+        return self.shifted(1 - jax.nn.sigmoid(self.time_mean + self.time_std * jax.random.normal(rng, (count,))))
 
     def noised(self, x1: jax.Array, t: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What a network reads: x_t, and its time."""

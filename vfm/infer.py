@@ -287,8 +287,11 @@ def _read(experiment, name: str, file: str) -> np.ndarray:
     suffix = path.suffix.lower()
     if suffix == ".npy":
         try:
-            return np.load(path, allow_pickle=False).astype(np.float32)
-        except ValueError as error:
+            found = np.load(path, allow_pickle=False)
+            if not isinstance(found, np.ndarray):
+                raise ValueError("it is an archive of several arrays")
+            return found.astype(np.float32)
+        except (ValueError, EOFError, OSError) as error:
             raise UserError(f"config.generate.files: {file} is not a .npy array: {error}") from None
     if suffix in (".png", ".jpg", ".jpeg") and len(shape) == 3:
         return read_image(path, "L" if shape[-1] == 1 else "RGB", shape[:2])

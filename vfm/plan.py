@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vfm import budget, data, distributed, flops, model, objectives, report, tokenizers, tree
 from vfm.train.optimizer import trained
@@ -69,10 +68,9 @@ def abstract_batch(experiment) -> dict[str, Any]:
     """The global training batch as ShapeDtypeStructs with shardings, from the config alone."""
     config, size = experiment.config, experiment.config.train.batch_size
     row = data.blank(config.data, layout=experiment.layout, tokenizer=_tokenizer(experiment))
-    row["example_mask"] = np.zeros((), np.float32)
+    row |= {"example_mask": np.zeros((), np.float32), "skipped": np.zeros((), np.int32)}
     rows = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=experiment.batch_sharding)
-    replicated = NamedSharding(experiment.mesh, PartitionSpec())
-    return {**jax.tree.map(rows, row), "skipped": jax.ShapeDtypeStruct((), np.int32, sharding=replicated)}
+    return jax.tree.map(rows, row)
 
 
 def _tokenizer(experiment):

@@ -154,6 +154,12 @@ def spec(
             )
             axis = None
         axes.append(axis if parts > 1 else None)
+    used = [a for axis in axes for a in ((axis,) if isinstance(axis, str) else axis or ())]
+    if twice := next((a for a in used if used.count(a) > 1), None):
+        raise UserError(
+            f"the sharding of {where}: the mesh axis {twice!r} divides two of its dimensions {tuple(names)}; see "
+            "config.sharding_rules"
+        )
     return PartitionSpec(*axes)
 
 

@@ -298,6 +298,13 @@ def test_options_of_the_loss_are_terms(kind, name):
         assert value[f"{prefix}router_balance"] == pytest.approx(float(balance), rel=1e-4)
         assert value[f"{prefix}router_z"] == pytest.approx(float(z), rel=1e-4)
         assert terms[f"{prefix}router_z"][2] == real.sum()
+    # Rows that only fill a batch do not count.
+    rows["example_mask"] = np.array([1, 1, 1, 0], np.float32)
+    filled = loss(**options)
+    for prefix, (found, real) in stacks.items():
+        some = np.asarray(real) & (rows["example_mask"] > 0)[:, None]
+        total, count = filled[f"{prefix}router_z"][1:]
+        assert count == some.sum() and total / count == pytest.approx(float(router_z_loss(found, some)), rel=1e-4)
 
 
 @pytest.mark.parametrize(

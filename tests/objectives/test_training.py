@@ -62,7 +62,7 @@ def batch_of(rows, name, shape, read, generated):
         "starts": {name: np.where(np.isin(row, read), 0, -1)},
         "signal_starts": {name: np.where(np.isin(row, generated), 6, -1)},
         "example_mask": np.ones((rows,), np.float32),
-        "skipped": np.asarray(3, np.int32),
+        "skipped": np.asarray([0, 2, 1] + [0] * (rows - 3), np.int32),
     }
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from vfm import tree
 from vfm.errors import UserError
-from vfm.train.optimizer import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule, state_shardings
+from vfm.train.optimizer import OPTIMIZERS, SCHEDULES, _decay, build_optimizer, build_schedule, state_shardings
 
 FIXTURES = Path(__file__).parents[2] / ".." / "shared" / "fixtures" / "functions"
 STEPS = 5
@@ -165,6 +165,14 @@ def test_updates_against_the_reference_libraries():
         for leaf in ("w", "b"):
             change = params[leaf] - stepped[leaf]
             np.testing.assert_allclose(change, io[f"out/clip_{limit}/g{leaf}"], rtol=1e-4, atol=1e-6)
+
+
+def test_kernels_of_experts_decay():
+    shapes = {
+        "mlp": {name: jnp.zeros((2, 3, 3)) for name in ("experts_up", "experts_gate", "experts_down", "router_x")}
+    }
+    decayed = {path.rpartition("/")[2] for path, value in _decay(0.1, shapes).items() if value}
+    assert decayed == {"experts_up", "experts_gate", "experts_down"}
 
 
 def test_a_clip_norm_of_0_clips_nothing():

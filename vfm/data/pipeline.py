@@ -64,13 +64,13 @@ class Pipeline:
         """The batch of a step; `rows` picks rows of the global batch (those of this process).
 
         Returns the examples stacked on a new first axis, example_mask float32[B] of
-        ones, and skipped int32[], the corrupt records that were replaced in these rows.
+        ones, and skipped int32[B], the corrupt records that were replaced in each row.
         """
-        begin, examples, skipped = step * self.batch_size, [], 0
+        begin, examples, skipped = step * self.batch_size, [], []
         for row in _rows(rows, self.batch_size):
             example, count = self._example(begin + row)
             examples.append(example)
-            skipped += count
+            skipped.append(count)
         return _finish(stack(examples), np.ones((len(examples),), np.float32), skipped)
 
     def _example(self, position: int) -> tuple[dict, int]:
@@ -181,8 +181,8 @@ def eval_batches(
     mine, blank = _rows(rows, batch_size), None
     for begin in range(0, size, batch_size):
         examples: list[dict | None] = []
-        skipped = 0
-        for row in mine:
+        skipped = np.zeros(len(mine), np.int32)
+        for place, row in enumerate(mine):
             example = None
             if begin + row < size:
                 try:
@@ -190,7 +190,7 @@ def eval_batches(
                 except CorruptRecord:
                     if not skip_corrupt:
                         raise
-                    skipped += 1
+                    skipped[place] = 1
             examples.append(example)
         if blank is None:
             blank = _blank(dataset, next((e for e in examples if e is not None), None), seed)
@@ -225,7 +225,7 @@ def _rows(rows: Sequence[int] | slice | None, batch_size: int) -> Sequence[int]:
     return rows
 
 
-def _finish(batch: dict, mask: np.ndarray, skipped: int) -> dict:
+def _finish(batch: dict, mask: np.ndarray, skipped: Sequence[int] | np.ndarray) -> dict:
     return batch | {"example_mask": mask, "skipped": np.asarray(skipped, np.int32)}
 
 

@@ -61,7 +61,9 @@ def rotary_frequencies(
                 attention logits (Peng et al. 2023, eqs. 17 to 22)
       llama3    the same idea with the ramp of Llama 3.1 (Grattafiori et al. 2024)
       longrope  a searched factor per frequency, other ones beyond `original_max_len` (Ding et al. 2024)
-    length: tokens so far (largest position of the batch + 1), which "dynamic" and "longrope" depend on.
+    length: tokens so far (largest position of the batch + 1), which "dynamic" and "longrope" depend on. Beyond
+    `original_max_len` rows of one batch depend on the longest one, and decoding with a cache keeps keys as they were
+    turned when they were written, as in transformers: both differ from each row alone and without a cache.
     `original_max_len` is the length that the model was trained at.
     """
     if rotary_dim % 2:

@@ -14,7 +14,7 @@ from vfm import metrics
 from vfm.data.aligned import parse_pairs, slots
 from vfm.errors import UserError, unknown
 from vfm.objectives import Aux, LossFn
-from vfm.objectives.next_token import MUTABLE
+from vfm.objectives.next_token import MUTABLE, rngs
 
 LOSSES = ("infonce", "sigmoid")
 NEVER = -1e30  # the logit of an embedding that is none
@@ -200,7 +200,7 @@ def contrastive(
 
         def part(inputs, rng):
             (_, out), changed = model.apply(
-                {"params": params, **variables}, inputs=inputs, train=train, rngs={"dropout": rng}, mutable=mutable
+                {"params": params, **variables}, inputs=inputs, train=train, rngs=rngs(rng), mutable=mutable
             )
             rest = {name: value for name, value in out.items() if name.startswith("logit_")}
             return {name: out[name]["embedding"] for name in inputs}, rest, changed

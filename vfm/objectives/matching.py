@@ -13,7 +13,7 @@ from vfm.data.aligned import parse_pairs, slots
 from vfm.errors import UserError, unknown
 from vfm.objectives import Aux, LossFn
 from vfm.objectives.contrastive import NEVER, check_paired, paired_items
-from vfm.objectives.next_token import MUTABLE
+from vfm.objectives.next_token import MUTABLE, rngs
 from vfm.wiring import reads_two
 
 Item = tuple[jax.Array, jax.Array]  # features float[B, P, D], and which of them are real, bool[B, P]
@@ -155,7 +155,7 @@ def matching(
         mask = jnp.asarray(batch.get("example_mask", jnp.ones(next(iter(inputs.values())).shape[0])), jnp.float32)
         mutable = [name for name in MUTABLE if train and name in variables]
         run = nn.apply(lambda model: compare_all(model, inputs, mask > 0, labels, rng, train), model, mutable=mutable)
-        found, changed = run({"params": params, **variables}, rngs={"dropout": rng})
+        found, changed = run({"params": params, **variables}, rngs=rngs(rng))
         terms, measured = {}, {}
         for pair, (scores, rows, counts) in zip(parsed, found):
             name, own, wrong = "-".join(pair), scores[:, :1], scores[:, 1:]

@@ -71,6 +71,8 @@ def router_terms(out: Mapping, batch: Mapping, experts_per_token: int, balance: 
     for prefix, (stack, field) in stacks.items():
         logits = stack["router_logits"]
         mask = batch[field] if field in batch else jnp.ones(logits.shape[1:3], bool)
+        if "example_mask" in batch:  # without the rows that only fill a batch
+            mask = mask & (batch["example_mask"] > 0)[:, None]
         count = mask.sum().astype(jnp.float32)
         if balance:
             loss = load_balancing_loss(logits, experts_per_token, mask)

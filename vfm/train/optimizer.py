@@ -25,8 +25,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vfm import tree
 from vfm.errors import UserError, unknown
 
-# Kernels and embedding tables decay. Biases, norm scales, signal tokens and other leaves do not.
-DECAYED = r"(.*[/_])?(kernel|embedding)"
+# Kernels (those of experts too) and embedding tables decay. Biases, norm scales, signal tokens and other leaves do not.
+DECAYED = r"(.*[/_])?(kernel|embedding|experts_(up|gate|down))"
 
 
 # Schedules: (peak, steps, fields of config.optimizer.schedule) -> optax schedule without its warm-up, counted

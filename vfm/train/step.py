@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,8 +29,10 @@ def make_train_step(
     all else of it), so that every micro-batch's gradient has the right weight.
 
     trained: for every parameter whether it learns. The gradient of the others is zero, and is not computed; and what
-    training moves without a gradient, such as codebooks, stays in a block of which no parameter learns.
+    training moves without a gradient, such as codebooks, stays in a block of which no parameter learns; an encoder of
+    that kind works as in evaluation, without dropout and noise and with its stored batch statistics.
     """
+    loss_fn = _frozen_encoders_evaluate(loss_fn, trained)
 
     def split(x):
         # Row r goes to micro-batch r % accumulate, which leaves each device its own rows. Scalars go to all.
@@ -82,8 +85,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema_decay:
-            # In this form the average of a frozen parameter stays the parameter, to the last bit.
-            ema = jax.tree.map(lambda average, p: average + (1.0 - ema_decay) * (p - average), ema, params)
+            # The average of a frozen parameter stays the parameter, to the last bit: a sum would lose the sign of -0.
+            follow = lambda average, p, learns: average + (1.0 - ema_decay) * (p - average) if learns else average
+            ema = jax.tree.map(follow, ema, params, trained or jax.tree.map(lambda _: True, params))
         one = jnp.ones(())
         measured = {
             **measured,
@@ -92,7 +96,7 @@ def make_train_step(
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
         }
         if "skipped" in batch:
-            measured["skipped_records"] = (batch["skipped"].astype(jnp.float32), one)
+            measured["skipped_records"] = (batch["skipped"].sum().astype(jnp.float32), one)
         return state.replace(
             step=state.step + 1, params=params, opt_state=opt_state, variables=variables, ema=ema
         ), measured
@@ -100,13 +104,36 @@ def make_train_step(
     return train_step
 
 
+def _frozen_encoders_evaluate(loss_fn: LossFn, trained: Any) -> LossFn:
+    """A loss under which encoders of which no parameter learns are called with train=False."""
+    frozen = {block for block in trained or () if block.startswith("encoders_") and _stays(block, trained)}
+
+    def call(method, args, kwargs, context):
+        path = context.module.path
+        if len(path) == 1 and path[0] in frozen and "train" in kwargs:
+            kwargs = {**kwargs, "train": False}
+        return method(*args, **kwargs)
+
+    def wrapped(*args, **kwargs):
+        with nn.intercept_methods(call):
+            return loss_fn(*args, **kwargs)
+
+    return wrapped if frozen else loss_fn
+
+
+def _stays(block: str, trained: Any) -> bool:
+    """Whether no parameter of a block learns."""
+    return block in trained and not any(jax.tree.leaves(trained[block]))
+
+
 def with_frozen_blocks(new: Any, old: Any, trained: Any) -> Any:
     """The new variables, with the old ones (`MUTABLE`: codebooks, batch statistics) of the blocks (encoders_X, …) of
     which no parameter learns."""
     if trained is None:
         return new
-    stays = lambda block: block in trained and not any(jax.tree.leaves(trained[block]))
-    keep = lambda kind: {block: old[kind][block] if stays(block) else leaf for block, leaf in new[kind].items()}
+    keep = lambda kind: {
+        block: old[kind][block] if _stays(block, trained) else leaf for block, leaf in new[kind].items()
+    }
     return {**new, **{kind: keep(kind) for kind in MUTABLE if kind in new}}
 
 

@@ -35,7 +35,8 @@ def train(configs: Sequence[Any], workdirs: Sequence[str], devices: Sequence[jax
 
     Each folder is as if its run had been trained alone, but for rounding: `vfm.run.run` goes on with it, evaluates it,
     and writes its results. A run counts its share of the time as its own. Runs that have come to different steps are
-    trained apart. Raises `UserError` for configs that differ in more than `VARIES`, and for a mesh of several devices.
+    trained apart. Raises `UserError` for configs that differ in more than `VARIES`, for a mesh of several devices, and
+    for all of them where the loss of one is not finite: what it names, NUMBER/loss, counts from 0 in `workdirs`.
     """
     if len({likeness(config) for config in configs}) > 1:
         raise UserError(f"runs that are trained together may differ only in {' and '.join(VARIES)}")

@@ -112,7 +112,8 @@ class Training:
         params = evaluation_params(state)
         found = experiment.evaluate_loss(params, state.variables, config.eval.split, config.eval.limit)
         # The last evaluation is on the test split, unless the best checkpoint is chosen by an evaluator's metric.
-        if step < config.train.steps or config.checkpoint.best_metric not in found:
+        best = config.checkpoint.best_metric
+        if step < config.train.steps or (best and best not in found):
             for _, evaluator in experiment.evaluators():
                 found |= evaluator(experiment, params, state.variables, config.eval.split, config.eval.limit).metrics
         return found
