@@ -100,6 +100,8 @@ def test_augmentation_is_for_training():
         ({"pairs": ("depth-text",), "layout": DEPTH}, "depth.*no source"),
         ({"compose": 3}, "does not divide into compose=3 parts"),
         ({"held_out": 1.0}, "held_out=1.0"),
+        ({"held_out": 0.004}, "held_out=0.004 of 100 strings must be one at least"),
+        ({"held_out": 0.998}, "held_out=0.998 of 100 strings must be one at least, and not all"),
         ({"words": WORDS[:9]}, "label 9, but `words` names only 9"),
         ({"words": ("a very long name", *WORDS[1:])}, "longer than model.encoders.text.length=12"),
         ({"sources": {"image": {"name": "digits"}}}, "audio.*no source"),

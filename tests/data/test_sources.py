@@ -152,6 +152,70 @@ def test_image_folder(tmp_path):
     np.testing.assert_allclose(grey[1]["image"][..., 0], deep / 65535, atol=1e-6)
 
 
+def test_a_number_is_the_same_class_in_every_split(tmp_path):
+    for name in ("cat", "dog", "fox"):
+        for split in ("train", "test") if name != "dog" else ("train",):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / split / name / "0.png")
+    lines = {"train": "abcb", "test": "cac"}
+    for split, labels in lines.items():
+        rows = (json.dumps({"text": "x", "label": label}) for label in labels)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    paths = {split: f"{split}.jsonl" for split in lines}
+    cfg = {"name": "jsonl", "dir": str(tmp_path), "paths": paths, "label_field": "label"}
+    folder = {"name": "image_folder", "dir": str(tmp_path)}
+    assert build_source(folder, "train").class_names == build_source(folder, "test").class_names
+    assert build_source(folder, "test").labels.tolist() == [0, 2]
+    test = build_source(cfg, "test")
+    assert test.class_names == ("a", "b", "c") and test.labels.tolist() == [2, 0, 2]
+    # A class that training does not have is told.
+    (tmp_path / "test" / "owl").mkdir()
+    with pytest.raises(UserError, match="unknown class folder 'owl'"):
+        build_source(folder, "test")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "x", "label": "d"}))
+    with pytest.raises(UserError, match="unknown class 'd'"):
+        build_source(cfg, "test")
+
+
+def test_records_that_cannot_be_text_are_corrupt(tmp_path):
+    lines = ['{"text": "a"}', "[" * 100_000, '{"text": "a\\ud800b"}']
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    source = build_source({"name": "jsonl", "paths": {"train": str(tmp_path / "rows.jsonl")}}, "train")
+    assert source[0] == {"text": "a"}
+    for line, words in ((2, "not a line of JSON"), (3, "half a surrogate pair")):
+        with pytest.raises(CorruptRecord, match=f"rows.jsonl:{line}: .*{words}"):
+            source[line - 1]
+    # A carriage return is no end of a line, compressed or not.
+    for name, write in (("a.jsonl", lambda b: b), ("a.jsonl.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(write(b'{"text":\r"a"}\n{"text": "b"}'))
+        assert len(build_source({"name": "jsonl", "paths": {"train": str(tmp_path / name)}}, "train")) == 2
+
+
+def test_pixels_without_a_range_are_corrupt(tmp_path):
+    write_images(tmp_path)
+    Image.fromarray(np.full((4, 4), 0.5, np.float32), mode="F").save(tmp_path / "train" / "cat" / "1.tiff")
+    source = build_source({"name": "image_folder", "dir": str(tmp_path)}, "train")
+    (index,) = (i for i, path in enumerate(source.paths) if path.suffix == ".tiff")
+    with pytest.raises(CorruptRecord, match="1.tiff.*floating-point"):
+        source[index]
+
+
+@pytest.mark.parametrize(
+    "label, words",
+    [
+        (np.array([0.9, 1.0, np.nan]), "'label' must be a whole number for each row; it is float64.3."),
+        (np.eye(3), "'label' must be a whole number for each row; it is float64.3, 3."),
+        (np.array(1), "'label' must be a whole number"),
+    ],
+    ids=["fractions", "one-hot", "scalar"],
+)
+def test_labels_of_arrays_are_whole_numbers(tmp_path, label, words):
+    np.savez(tmp_path / "v.npz", x=np.ones((3, 2)), label=label)
+    cfg = {"name": "npz", "paths": {"train": str(tmp_path / "v.npz")}, "arrays": {"x": "x"}}
+    with pytest.raises(UserError, match=words):
+        build_source(cfg, "train")
+
+
 def test_image_folder_by_fractions_keeps_files_apart(tmp_path):
     (tmp_path / "cat").mkdir()
     for n in range(40):
@@ -266,7 +330,7 @@ def test_npz(tmp_path):
         ({"name": "jsonl", "paths": {"train": "x"}}, "test", ("'test'", "train")),
         ({"name": "jsonl"}, "test", ("paths",)),
         ({"name": "image_folder", "dir": "nowhere"}, "train", ("'nowhere'", "does not exist")),
-        ({"name": "image_folder", "dir": ""}, "train", ("''", "does not exist")),
+        ({"name": "image_folder", "dir": ""}, "train", ("no folder is given", "--config.data.dir")),
         ({"name": "audio_folder", "dir": "nowhere"}, "train", ("'nowhere'", "does not exist")),
     ],
 )

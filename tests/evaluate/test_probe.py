@@ -45,7 +45,8 @@ def test_pooled_features_are_means_over_real_tokens(tmp_path):
         experiment.config.data.source, split="test", tokenizer=experiment.tokenizer, length=8, most=10, labelled=True
     )
     names = ("output", "backbone/encoder/layers", "backbone/encoder/output")
-    found = reader(experiment, names)(weights, passages)
+    found, there = reader(experiment, names)(weights, passages)
+    assert there.tolist() == [*range(len(passages))]
     layers = {f"backbone/encoder/layers/{i}" for i in range(2)}
     assert set(found) == {"output", "backbone/encoder/output", *layers}
     assert {x.shape for x in found.values()} == {(10, 16)}  # of 8 + 2 rows, without those that fill the batch

@@ -145,6 +145,8 @@ class Composed(_Rows):
         strings = len(self.words) ** compose
         order = np.random.default_rng(0).permutation(strings)  # the same for every run
         first = round(strings * held_out)
+        if held_out and not 0 < first < strings:
+            raise UserError(f"{self.where}: held_out={held_out} of {strings} strings must be one at least, and not all")
         self.strings = order if not first else order[first:] if self.train else order[:first]
         if not self.train and gallery:
             self.strings = self.strings[:gallery]

@@ -37,12 +37,20 @@ class Npz:
                     if name not in file.files:
                         raise unknown("array", name, file.files, where=f"file {str(path)!r}")
                 self.arrays = {field: file[name].astype(np.float32) for field, name in arrays.items()}
-                self.labels = file[label].astype(np.int32)
+                labels = file[label]
         except UserError:
             raise
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"source 'npz': file {str(path)!r} is damaged: {error}") from error
+        if labels.ndim != 1 or labels.dtype.kind not in "biuf" or not (labels == np.floor(labels)).all():
+            raise UserError(
+                f"file {str(path)!r}: {label!r} must be a whole number for each row; it is "
+                f"{labels.dtype}{[*labels.shape]}"
+            )
+        self.labels = labels.astype(np.int32)
         for field, array in self.arrays.items():
+            if not array.ndim:
+                raise UserError(f"file {str(path)!r}: {arrays[field]!r} is one number, and not an array of rows")
             if len(array) != len(self.labels):
                 raise UserError(
                     f"file {str(path)!r}: array {arrays[field]!r} has {len(array)} rows, {label!r} has "

@@ -19,6 +19,8 @@ DTMF_HZ = (
     (852, 1209), (852, 1336), (852, 1477),
 )  # fmt: skip
 
+FASTEST = 1_000_000  # Hz of a wav file; beyond it the header is damaged
+
 
 class Dtmf(SyntheticDigits):
     """Dual-tone multi-frequency signals of the keypad's digits, as a telephone line would carry them.
@@ -169,7 +171,8 @@ def read_wav(path: str | pathlib.Path) -> tuple[np.ndarray, int]:
         raise broken("truncated: no data chunk")
     kind, channels, rate, bits = form
     width = bits // 8
-    if (kind, bits) not in ((1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)) or not channels or not rate:
+    formats = (1, 8), (1, 16), (1, 24), (1, 32), (3, 32), (3, 64)
+    if (kind, bits) not in formats or not channels or not 0 < rate <= FASTEST:
         raise broken(f"format {kind} with {bits} bits, {channels} channels, {rate} Hz is not supported")
     if len(body) % (width * channels):
         raise broken(f"{len(body)} bytes of data are not a whole number of {width * channels}-byte frames")

@@ -2,6 +2,7 @@
 
 import collections
 import gzip
+import io
 import json
 import os
 import pathlib
@@ -19,8 +20,8 @@ class Jsonl:
     """One JSON object per line, a file per split, read at random; `.gz` is unpacked into memory once.
 
     paths: {split: file}. dir: folder that relative paths start from. text_field: where the text is.
-    label_field: where the class is (text or number; "" for none); classes: its values in label order, sorted
-    unless given. Blank lines do not count as records.
+    label_field: where the class is (text or number; "" for none); classes: its values in label order; unless given,
+    sorted, those of paths["train"] if there is such a split. Blank lines do not count as records.
     Item: text str (and label int). A malformed line raises CorruptRecord with file:line.
     """
 
@@ -47,18 +48,19 @@ class Jsonl:
                 raise UserError(f"source 'jsonl': gzip file {str(self.path)!r} is damaged: {error}") from error
         self.fd: int | None = None
         spans, begin = [], 0
-        lines = self.data.splitlines(keepends=True) if self.data is not None else self.path.open("rb")
+        lines = io.BytesIO(self.data) if self.data is not None else self.path.open("rb")
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 spans.append((begin, len(line), number))
             begin += len(line)
-        if self.data is None:
-            lines.close()
+        lines.close()
         self.spans = np.asarray(spans, np.int64).reshape(-1, 3)
         if not len(spans):
             raise UserError(f"source 'jsonl': file {str(self.path)!r} holds no record")
         self.labels, self.class_names = None, tuple(classes)
         if label_field:
+            if not classes and split != "train" and "train" in paths:
+                classes = Jsonl("train", paths, dir, text_field, label_field).class_names
             self._index(tuple(classes))
 
     def _index(self, classes: tuple) -> None:
@@ -91,7 +93,7 @@ class Jsonl:
     def _record(self, index: int) -> dict:
         try:
             record = json.loads(self._line(index))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, and brackets in brackets
             raise CorruptRecord(f"{self._where(index)}: not a line of JSON: {error}") from error
         if not isinstance(record, dict):
             raise CorruptRecord(f"{self._where(index)}: expected a JSON object, found {type(record).__name__}")
@@ -113,6 +115,8 @@ class Jsonl:
         text = self._field(index, self.text_field)
         if not isinstance(text, str):
             raise CorruptRecord(f"{self._where(index)}: field {self.text_field!r} is not text: {text!r}")
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise CorruptRecord(f"{self._where(index)}: field {self.text_field!r} has half a surrogate pair")
         item = {"text": text}
         if self.labels is not None:
             item["label"] = int(self.labels[index])

@@ -82,14 +82,18 @@ def read_image(path, mode: str, size: tuple[int, ...]) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return image_array(image, mode, size)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:  # PIL raises any of them for damaged files
+    # PIL raises any of them for damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise CorruptRecord(f"image file {str(path)!r} cannot be read: {error}") from error
 
 
 def image_array(image, mode: str, size: tuple[int, ...]) -> np.ndarray:
-    """float32[H, W, C] in [0, 1] of a PIL image; 16-bit greys keep their depth."""
+    """float32[H, W, C] in [0, 1] of a PIL image; 16-bit greys keep their depth. Raises ValueError for pixels that are
+    floating-point numbers, whose range a file does not tell."""
     from PIL import Image
 
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; write them as 8 or 16 bits, or take source 'npz'")
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion to 8 bits would clip it
         image = Image.fromarray(np.asarray(image).astype(np.float32) / 65535.0, mode="F")
         scale = 1.0

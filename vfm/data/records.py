@@ -59,15 +59,16 @@ def class_files(
     """Files of one split out of class sub-folders: (paths, labels int32[n], class names).
 
     Without fractions the layout is dir/<split>/<class>/<file>; with them it is dir/<class>/<file>, and each
-    file falls into a split by the hash of its relative path. Classes are the sorted folder names, unless
-    given.
+    file falls into a split by the hash of its relative path. Classes are the sorted folder names, of the split "train"
+    if there is one, so that a number is the same class in every split; unless given.
     """
     root = existing_dir(dir, where)
     known = tuple(fractions) if fractions else sorted(p.name for p in root.iterdir() if p.is_dir())
     check_split(split, known, f"{where} {str(dir)!r}")
     top = root if fractions else root / split
     found = sorted(p.name for p in top.iterdir() if p.is_dir())
-    names = tuple(classes) or tuple(found)
+    trained = root / "train" if not fractions and "train" in known else top
+    names = tuple(classes) or tuple(sorted(p.name for p in trained.iterdir() if p.is_dir()))
     for name in found:
         if name not in names:
             raise unknown("class folder", name, names, where=f"{where} {str(top)!r} (field `classes`)")

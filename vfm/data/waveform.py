@@ -38,13 +38,22 @@ class Waveform:
             raise UserError("dataset 'waveform' needs config.tokenizer.name=byte: a code is a byte")
         self.layout, self.tokenizer, self.window = layout, tokenizer, layout.length - 1
         self.source = build_source(source, split)
-        self.samples = len(self._audio(0, None))
+        self.samples = self._first_length()
         self.rows = self.samples // max(self.window, 1)
         if not self.window or not self.rows:
             raise UserError(
                 f"dataset 'waveform': a row of config.data.length={layout.length} holds {self.window} samples; the "
                 f"sounds have {self.samples}"
             )
+
+    def _first_length(self) -> int:
+        """Samples of the first sound that can be read."""
+        for index in range(len(self.source)):
+            try:
+                return len(self._audio(index, None))
+            except CorruptRecord as error:
+                last = error
+        raise UserError(f"dataset 'waveform': no sound of the source can be read: {last}")
 
     def _audio(self, index: int, samples: int | None) -> np.ndarray:
         item = self.source[index]

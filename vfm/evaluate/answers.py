@@ -93,7 +93,8 @@ def _ask(experiment, weights, split, limit, chosen, changes) -> tuple[dict[str, 
             tokens = _generate(experiment, weights, dataset, host)[real]
             sizes = _lengths(tokens, tokenizer.eos_id)
             true = [dataset.ids[i][1] for i in range(len(distances), len(distances) + len(tokens))]
-            distances += (_edit_distances(tokens, sizes, true) / np.maximum(sizes, [*map(len, true)])).tolist()
+            longest = np.maximum(np.maximum(sizes, [*map(len, true)]), 1)  # both may be empty
+            distances += (_edit_distances(tokens, sizes, true) / longest).tolist()
             texts += [tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), sizes, strict=True)]
     nll, hits, tokens = (np.concatenate(forced[key]) for key in ("nll", "hits", "tokens"))
     exact = hits == tokens

@@ -41,7 +41,8 @@ def any_to_any(experiment, params, variables, split: str, limit: int | None) -> 
       a_to_X_class_accuracy  X has no decoder: the class of the predicted features, by a `Judge` fitted on the encoder's
                              features of real training items
 
-    A task with several inputs counts as `mixed_to_...`. `judge_X_accuracy` is the judge's own on real held-out items.
+    A task with several inputs counts as `mixed_to_...`, the next with the same output as `A_B_to_...`.
+    `judge_X_accuracy` is the judge's own on real held-out items.
     """
     found: dict[str, float] = {}
     samples: dict[str, tuple[str, list]] = {}
@@ -51,6 +52,8 @@ def any_to_any(experiment, params, variables, split: str, limit: int | None) -> 
         prompts = experiment.dataset(split, task=task, answer=False)
         inputs, output = prompts.tasks[0].inputs, prompts.tasks[0].output
         name = f"{inputs[0] if len(inputs) == 1 else 'mixed'}_to_{output}"
+        if name in samples:  # another task of several inputs
+            name = f"{'_'.join(inputs)}_to_{output}"
         if output == "text":
             accuracy, rows = _to_text(experiment, variables, prompts, limit)
             found[f"{name}_accuracy"] = accuracy

@@ -69,8 +69,9 @@ def fit(features: Mapping[str, np.ndarray], labels: np.ndarray, groups: np.ndarr
     return Probed(best, LinearProbe(features[best], labels, C=C), scores)
 
 
-def reader(experiment, names: Sequence[str]) -> Callable[[Mapping[str, Any], Any], dict[str, np.ndarray]]:
-    """A function (weights, dataset) -> {name: float32[n, D]}: features of every example, each averaged to one vector.
+def reader(experiment, names: Sequence[str]) -> Callable[[Mapping[str, Any], Any], tuple[dict, np.ndarray]]:
+    """A function (weights, dataset) -> ({name: float32[n, D]}, int[n]): features of every example that can be read,
+    each averaged to one vector, and which examples these are.
 
     weights: {"params", …}. names: places in the model's `out`, such as "output", "backbone/layers" or "image/features"
     (see `VFM`); the stack "layers" becomes one feature for each layer, "backbone/layers/0" and so on. Features of
@@ -80,11 +81,13 @@ def reader(experiment, names: Sequence[str]) -> Callable[[Mapping[str, Any], Any
 
     def read(weights, dataset):
         found: dict[str, list[np.ndarray]] = {}
+        rows: list[np.ndarray] = []
         for host, batch in experiment.eval_batches(dataset):
             real = host["example_mask"] > 0
+            rows.append(real)
             for name, x in pooled(weights, batch).items():
                 found.setdefault(name, []).append(experiment.fetch(x)[real])
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+        return {name: np.concatenate(parts) for name, parts in found.items()}, np.flatnonzero(np.concatenate(rows))
 
     return read
 
@@ -216,9 +219,10 @@ def probe(experiment, params, variables, split: str, limit: int | None) -> Evalu
         ("probe", {"params": params, **variables}),
         ("probe_random", {"params": untrained.params, **untrained.variables}),
     ):
-        found = fit(read(weights, train), train.labels, train.documents, C=chosen["C"])
-        features = read(weights, test)[found.name]
-        measured[f"{prefix}_accuracy"] = found.model.accuracy(features, test.labels)
+        features, there = read(weights, train)
+        found = fit(features, train.labels[there], train.documents[there], C=chosen["C"])
+        features, there = read(weights, test)
+        measured[f"{prefix}_accuracy"] = found.model.accuracy(features[found.name], test.labels[there])
         rows += [[("text", f"{prefix}: {name}"), ("text", f"{score:.3f}")] for name, score in found.scores.items()]
     measured["probe_majority"] = float(np.mean(test.labels == most_frequent))
     measured |= {"probe_examples": len(test), "probe_classes": len(np.unique(train.labels))}

@@ -43,7 +43,8 @@ def check_reconstruction(experiment) -> None:
 def reconstruction(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
     """Of all items of the split (or of `limit` rows), for each modality X that has both halves of an autoencoder:
 
-      reconstruction_{X}_mse, _psnr, _ssim   means over the items, see `distance`; SSIM of images of at least 7×7 pixels
+      reconstruction_{X}_mse, _psnr, _ssim   means over the items, see `distance`; SSIM of images from 7×7 pixels on.
+                                             Values range as config.data.ranges says, else 0 to 1
       reconstruction_{X}_frechet             between the items and their reconstructions, in the features chosen
       reconstruction_{X}_agreement           with the features of the judge: the share of reconstructions that it takes
                                              for their class; judge_{X}_accuracy: of the items themselves
@@ -162,9 +163,10 @@ def _probes(experiment, weights, read, found: Mapping[str, Read], split, limit, 
 def _distances(experiment, features: str, name: str, test: Read) -> dict[str, float]:
     place = f"reconstruction_{name}"
     found = {f"{place}_mse": distance.mse(test.items, test.reconstructed).mean()}
-    found[f"{place}_psnr"] = distance.psnr(test.items, test.reconstructed).mean()
+    low, high = experiment.config.data.get("ranges", {}).get(name, (0.0, 1.0))
+    found[f"{place}_psnr"] = distance.psnr(test.items, test.reconstructed, high - low).mean()
     if test.items.ndim == 4 and min(test.items.shape[1:3]) >= distance.WINDOW:
-        found[f"{place}_ssim"] = distance.ssim(test.items, test.reconstructed).mean()
+        found[f"{place}_ssim"] = distance.ssim(test.items, test.reconstructed, high - low).mean()
     training = spaces.Items(test.items, test.labels)
     if features == "judge":
         training = spaces.training_items(experiment, name, experiment.config.eval.judge_examples)

@@ -81,7 +81,7 @@ def check_retrieval(experiment) -> None:
 def retrieval(experiment, params, variables, split: str, limit: int | None) -> Evaluation:
     """Of the rows of a split (or `limit`), one item of each modality:
 
-      r{k}_{A}_{B}        share of items of A for which a row's own item of B is among the k most similar ones
+      r{k}_{A}_{B}        share of items of A for which an item of B of the row's label is among the k most similar
       alignment_{A}_{B}, gap_{A}_{B}, uniformity_{A}    see the functions
       query_flops         see the function; a candidate costs the product of two embeddings
       zero_shot_{A}       with `classes`: share of items whose label is that of the nearest class; a class is

@@ -59,7 +59,7 @@ def training_items(experiment, name: str, limit: int | None, **overrides) -> Ite
 def check_space(experiment, name: str, choice: str, where: str) -> None:
     """Refuses features that cannot be had: `judge` for data without labels, and a folder that is no run."""
     kind = data.DATASETS.get(experiment.config.data.name)
-    if kind is None or "train" not in inspect.signature(kind).parameters:
+    if kind is None or not {"train", "opened"} <= {*inspect.signature(kind).parameters}:
         raise UserError(
             f"{where.rpartition('.')[0]} needs data whose rows hold items, such as config.data.name='items', not "
             f"{experiment.config.data.name!r}"
