@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from vfm import sharding
+from vfm.backbones import TwoStream
 from vfm.errors import UserError
-from vfm.interop import huggingface
+from vfm.interop import huggingface, llama
 from vfm.parity import transformers_models
 
 pytest.importorskip("torch")
@@ -106,6 +107,69 @@ def test_damaged_folders_are_one_line(folder, tmp_path, damage, message):
         huggingface.load(path)
 
 
+def test_a_tensor_of_another_layout_is_refused(folder, tmp_path):
+    """Also one that has as many numbers."""
+    from safetensors.numpy import load_file, save_file
+
+    path, name = copy(folder, tmp_path), "model.layers.1.mlp.up_proj.weight"
+    file = next(f for f in tmp_path.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(file)
+    save_file({**tensors, name: np.ascontiguousarray(tensors[name].T)}, file)
+    with pytest.raises(UserError, match=f"the tensor {name} has shape .* which does not fit"):
+        huggingface.load(path)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
+def test_norms_of_gemma_in_bf16(name, tmp_path):
+    import torch
+
+    model = transformers_models.random_model(next(n for n in transformers_models.MODELS if n.startswith(name[:6])))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    _, variables = huggingface.load(str(tmp_path))
+    found = variables["params"]["backbone"]["transformer"]["norm"]["scale"]
+    wanted = 1 + model.model.norm.weight.detach().float().numpy()
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_pretrained_bert_of_which_one_head_is_taken(tmp_path):
+    model = transformers_models.random_model("bert, pretraining")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    model, _ = huggingface.load(str(tmp_path))
+    assert "text" in model.decoders and "label" not in model.decoders
+
+
+# Fields of config.json that files need not have, with the library's own value where they are missing.
+@pytest.mark.parametrize("kind", sorted(llama.CLASSES))
+def test_what_a_config_does_not_say_is_as_in_the_library(kind):
+    config = transformers.AutoConfig.for_model(kind)
+    whole = {name: value for name, value in config.to_dict().items() if value is not None}
+    whole |= {"num_hidden_layers": 6, "head_dim": 64, "num_key_value_heads": whole["num_attention_heads"]}
+    whole.pop("layer_types", None)
+    epsilons = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon")
+    read = lambda c: huggingface.FAMILIES[kind].read(c, "lm")["backbone"]
+    full = read(whole)
+    for fields in (epsilons, ("sliding_window",), ("rope_theta", "rope_parameters", "rope_scaling")):
+        short = read({name: value for name, value in whole.items() if name not in fields})
+        for name in ("norm_epsilon", "window", "rope_theta"):
+            assert short[name] == full[name], (kind, name)
+
+
+def test_the_pattern_of_local_layers(tmp_path):
+    c = transformers.AutoConfig.for_model("gemma3_text").to_dict()
+    c |= {"num_hidden_layers": 6, "layer_types": None, "sliding_window_pattern": 3}
+    local = huggingface.FAMILIES["gemma3_text"].read(c, "lm")["backbone"]["local_layers"]
+    assert local == (True, True, False) * 2
+
+
+def test_older_names_of_bloom():
+    c = transformers.AutoConfig.for_model("bloom", hidden_size=64, n_layer=2, n_head=4).to_dict()
+    wanted = huggingface.FAMILIES["bloom"].read(c, "lm")
+    older = {name: value for name, value in c.items() if name not in ("hidden_size", "n_head")}
+    assert huggingface.FAMILIES["bloom"].read({**older, "n_embed": 64, "num_attention_heads": 4}, "lm") == wanted
+
+
 def test_a_folder_that_is_none(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         huggingface.load(str(tmp_path / "nothing"))
@@ -124,4 +188,7 @@ def test_a_model_that_no_family_can_express(tmp_path):
         }
     )
     with pytest.raises(UserError, match="no family can express this model"):
+        huggingface.save(str(tmp_path), model, {"params": {}})
+    model = model.clone(backbone=TwoStream())
+    with pytest.raises(UserError, match="model.backbone.name='two_stream' is one that no published family has"):
         huggingface.save(str(tmp_path), model, {"params": {}})

@@ -126,7 +126,7 @@ class StackFields(BlockFields):
         if self.inverse_layer_scale:
             call["scale"] = 1 / jnp.arange(1, self.depth + 1, dtype=jnp.float32)
         if self.positions == "rope":
-            rotated = int(self.key_dim * self.rope_fraction)
+            rotated = int(self.key_dim * self.rope_fraction + 1e-6)  # a fraction of whole dimensions is inexact
             call["table"] = rotary(positions, rotated, self.rope_theta, self.rope_scaling)
             if self.window is not None and self.local_rope_theta is not None:
                 local = "local_table" if "local" in call else "table"  # all layers may be local
@@ -134,8 +134,9 @@ class StackFields(BlockFields):
         elif self.positions == "alibi":
             seen = positions if cache is None else jnp.cumsum(valid, axis=1) - 1
             slopes = jnp.asarray(alibi_slopes(self.num_heads))
-            bias = slopes[None, :, None, None] * seen[:, None, None, :].astype(jnp.float32)
-            call["bias"] = jnp.broadcast_to(bias, (B, self.num_heads, T, seen.shape[1]))
+            # By distance, for queries that see later keys too; for others it is as good as by the key's position.
+            distance = jnp.abs(positions[:, None, :, None] - seen[:, None, None, :]).astype(jnp.float32)
+            call["bias"] = -slopes[None, :, None, None] * distance
         elif self.positions == "relative":
             buckets = relative_buckets(
                 index[None, :] - q_index[:, None],

@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vfm.encoders import check_item
 
@@ -26,4 +27,5 @@ class LabelEncoder(nn.Module):
         check_item(self, labels)
         init = nn.initializers.normal(1.0)
         table = nn.Embed(self.num_classes, self.width, dtype=self.dtype, embedding_init=init, name="embedding")
-        return table(labels)[:, None], {}
+        # A negative id would be counted from the end.
+        return table(jnp.where(labels < 0, self.num_classes, labels))[:, None], {}

@@ -172,12 +172,15 @@ def _heads(kind: str) -> dict[str, str]:
     return {**heads, "BertForPreTraining": "pretraining"} if kind == "bert" else heads
 
 
-# Copies of tied tensors, and positions that are stored as numbers 0, 1, ….
+# Which tensors may be left over: copies of tied ones, and positions that are stored as numbers 0, 1, ….
 IGNORED = (
     r"(.*\.)?embeddings\.position_ids",
     r"cls\.predictions\.decoder\.(weight|bias)",
     r"lm_head\.decoder\.(weight|bias)",
     r"vocab_projector\.weight",
+    # Of pretraining, beside the head that config.json names.
+    r"(bert\.)?pooler\..*",
+    r"cls\.seq_relationship\..*",
 )
 PREFIXES = {"bert": "bert.", "distilbert": "distilbert."}
 FAMILIES = {

@@ -161,6 +161,8 @@ def window(c: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return {"window": None, "local_layers": (True,)}
     if c.get("layer_types"):
         local = tuple(name == "sliding_attention" for name in c["layer_types"])
+    elif kind == "gemma3_text" and (every := c.get("sliding_window_pattern", c.get("_sliding_window_pattern"))):
+        local = tuple((i + 1) % every != 0 for i in range(depth))
     elif kind in _PATTERNS:
         local = tuple(map(_PATTERNS[kind], range(depth)))
     elif kind in _SWITCHED and kind != "qwen3_moe":

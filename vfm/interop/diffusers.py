@@ -29,7 +29,8 @@ def load(
     path: str, *, mesh: jax.sharding.Mesh | None = None, rules: Mapping[str, Any] = sharding.RULES,
     param_dtype: str = "float32", dtype: str = "float32", **fields: Any,
 ) -> tuple[VFM, dict[str, Any]]:  # fmt: skip
-    """The model of a folder, and its variables {"params": …}; arguments and errors as in `huggingface.load`.
+    """The model of a folder, and its variables {"params": …}; arguments and errors as in `huggingface.load`. Every
+    process reads all tensors into its memory first.
 
     fields: other values for fields of blocks that have them, such as remat="full" of a diffusion network.
     """

@@ -61,6 +61,9 @@ def _local(c: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(kind: str):
     def read(c: Mapping[str, Any], head: str) -> dict[str, Any]:
+        if kind == "bloom":  # older files have other names
+            older = {"hidden_size": c.get("n_embed"), "n_head": c.get("num_attention_heads")}
+            c = {**{name: value for name, value in older.items() if value is not None}, **c}
         b = _common(c, kind, **NAMES[kind])
         b["positions"] = "learned"
         b["max_len"] = c.get(LONGEST.get(kind, "max_position_embeddings"), UNBOUNDED)

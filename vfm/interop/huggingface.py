@@ -174,6 +174,8 @@ def describe(model: VFM) -> dict[str, Any]:
 
     def fields(kind, block):
         own = block.__dataclass_fields__
+        if type(block) not in tables[kind]:
+            raise UserError(f"interop: {type(block).__name__} of model.{kind} is a block that no published family has")
         return {
             "name": tables[kind][type(block)],
             **{name: getattr(block, name) for name in own if name not in ("parent", "name")},
@@ -181,6 +183,8 @@ def describe(model: VFM) -> dict[str, Any]:
 
     def backbone(block):
         b = fields("backbone", block)
+        if "num_kv_heads" not in b:
+            raise UserError(f"interop: model.backbone.name={b['name']!r} is one that no published family has")
         b["num_kv_heads"] = b["num_kv_heads"] or b["num_heads"]
         b["head_dim"] = b["head_dim"] or b["width"] // b["num_heads"]
         for name in ("qkv_bias", "out_bias", "mlp_bias", "norm_bias"):
@@ -357,12 +361,15 @@ def _place(row: Tensor, family: Family, files: Files, parts, shapes, used: set[s
     lead = ("{i}" in row.name) + ("{e}" in row.name)
     wanted = [tuple(shapes[path].shape[lead:]) for path in row.paths]
     depth, experts = _counts(row, [shapes[path].shape for path in row.paths])
+    # A layout may reshape, which any tensor with as many numbers would pass.
+    long = lambda shape: [n for n in shape if n != 1]
+    stored = long(row.join([np.zeros(shape, np.float32) for shape in wanted]).shape)
     for name, index in row.indices(depth, experts):
         name = files.find(name, family.prefix)
         used.add(name)
         tensor = files.read(name)
         try:
-            values = row.split(tensor, wanted)
+            values = row.split(tensor, wanted) if long(tensor.shape) == stored else []
             fits = all(value.shape == shape for value, shape in zip(values, wanted, strict=True))
         except ValueError:
             fits = False

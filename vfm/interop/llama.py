@@ -57,12 +57,23 @@ CLASSES = {
 # Padding ids where config.json does not say; the others have none.
 PADS = {"gemma": 0, "gemma2": 0, "gemma3_text": 0, "olmo": 1, "olmo2": 1, "olmo3": 1, "cohere": 0, "phi3": 32000}
 PADS |= {"glm": 151329, "glm4": 151329}
+# What config.json need not say.
+EPSILONS = dict.fromkeys(("mixtral", "olmo2", "olmo3", "stablelm", "starcoder2", "cohere", "phi", "phi3"), 1e-5)
+EPSILONS |= dict.fromkeys(("glm", "glm4"), 1.5625e-07)
+DEFAULTS = {
+    "mistral": {"sliding_window": 4096},
+    "mixtral": {"rope_theta": 1e6},
+    "gemma2": {"sliding_window": 4096},
+    "gemma3_text": {"sliding_window": 4096, "rope_theta": 1e6},
+    "cohere": {"rope_theta": 5e5},
+    "olmo3": {"sliding_window": 4096, "rope_theta": 5e5},
+}
 TIED = ("gemma", "gemma2", "gemma3_text", "cohere", "starcoder2")  # unless config.json says otherwise
 
 
 def _read(kind: str):
     def read(c: Mapping[str, Any], head: str) -> dict[str, Any]:
-        style = STYLES[kind]
+        style, c = STYLES[kind], {**DEFAULTS.get(kind, {}), **c}
         width, heads = c["hidden_size"], c["num_attention_heads"]
         epsilon = c.get("rms_norm_eps", c.get("layer_norm_eps", c.get("norm_epsilon", c.get("layer_norm_epsilon"))))
         bias = bool(c.get("attention_bias", False)) and kind not in ("qwen2", "stablelm")
@@ -76,7 +87,7 @@ def _read(kind: str):
             "mlp_dim": c["intermediate_size"],
             "max_len": c["max_position_embeddings"],
             "norm": "rmsnorm",
-            "norm_epsilon": 1e-6 if epsilon is None else epsilon,
+            "norm_epsilon": EPSILONS.get(kind, 1e-6) if epsilon is None else epsilon,
             "activation": activation(
                 c.get("hidden_activation") or c.get("hidden_act", ACTIVATIONS.get(kind, "silu")), kind
             ),

@@ -29,7 +29,9 @@ CONV1D = Form(lambda tensor, shape: tensor.reshape(shape), lambda array: array.r
 CONV1D_OUT = Form(lambda tensor, shape: tensor.reshape(shape), lambda array: array.reshape(-1, array.shape[-1]))
 # Gemma's norms multiply by 1 + weight.
 PLUS_ONE = Form(
-    lambda tensor, shape: tensor + np.ones((), tensor.dtype), lambda array: array - np.ones((), array.dtype)
+    # In float32, as the published code: in bfloat16 the sum loses what the weight has.
+    lambda tensor, shape: tensor.astype(np.float32) + 1,
+    lambda array: (np.asarray(array, np.float32) - 1).astype(array.dtype),
 )
 
 
@@ -124,7 +126,7 @@ class Files:
         if index.exists():
             try:
                 files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(f"interop: {index} is damaged: {error}") from None
         else:
             files = sorted(file.name for file in folder.glob("*.safetensors"))

@@ -70,8 +70,8 @@ def dot_product_attention(
 
     q: float[B, T, N, K]; k, v: float[B, S, M, K], where M divides N (grouped queries); mask: bool[B | 1, 1, T, S];
     bias: float[B | 1, N, T, S]. softcap c: logits become c · tanh(logits / c) before bias and mask (Gemma 2). A query
-    that may see no key gets the mean of the values. causal: the mask allows no key behind its query; then the queries
-    go chunk by chunk, and the keys behind a chunk are not computed, which saves up to half of the work.
+    that may see no key gets a mean of values. causal: the mask allows no key behind its query; then the queries go
+    chunk by chunk, and the keys behind a chunk are not computed, which saves up to half of the work.
     """
     B, T, N, K = q.shape
     q, k, bias = _grouped(q, k, bias, scale)

@@ -102,6 +102,7 @@ class Codebook(nn.Module):
 
     def look_up(self, index: jax.Array) -> jax.Array:
         """int32[...] -> float32[..., W]; NaN for an index that is no code."""
+        index = jnp.where(index < 0, self.size, index)  # a negative one would be counted from the end
         return self.codes().at[index].get(mode="fill", fill_value=jnp.nan)
 
     def learn(self, z: jax.Array, index: jax.Array) -> None:

@@ -132,6 +132,11 @@ class Block(BlockFields):
             raise unknown("arrangement", self.arrangement, ARRANGEMENTS, "model.backbone")
         if self.mixer not in MIXERS:
             raise unknown("mixer", self.mixer, MIXERS, "model.backbone")
+        if self.arrangement.startswith("parallel") and (self.cross or self.joint):
+            raise UserError(
+                f"model.backbone.arrangement={self.arrangement!r} has no place for cross-attention or for other "
+                "modalities' features; take 'sequential'"
+            )
         before = self.norm_position in ("pre", "sandwich")
         after = self.norm_position in ("branch", "sandwich")
         (x, cache), out = carry, {}
