@@ -1,12 +1,14 @@
 import functools
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vfm import sharding
+from vfm.encoders.label import LabelEncoder
 from vfm.errors import UserError
 from vfm.layers.quantize import (
     Codebook,
@@ -323,3 +325,14 @@ def test_refuses_fields(make, message):
 def test_refuses_latents(make, shape, grid, message):
     with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda: make().init(jax.random.key(0), jnp.zeros(shape), grid=grid, train=False))
+
+
+def test_ids_that_are_none_give_nan():
+    """Of codes and of labels, negative ones too."""
+    ids = jnp.asarray([0, 4, -1, 5, -6])
+    book = Codebook(5, 3)
+    vectors = nn.apply(lambda m: m.look_up(ids), book)(book.init(jax.random.key(0), ids, method="look_up"))
+    labels = LabelEncoder(num_classes=5, width=3)
+    found = labels.apply(labels.init(jax.random.key(0), ids, train=False), ids, train=False)[0][:, 0]
+    for values in (vectors, found):
+        assert jnp.isnan(values).all(axis=-1).tolist() == [False, False, True, True, True]
