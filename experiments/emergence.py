@@ -239,9 +239,11 @@ def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     lengths = sorted({row.get("digits") for row in table}, key=str)
     for column, digits in itertools.product(("50 % at examples", "50 % at parameters", "50 % at FLOPs"), lengths):
         for form, base in STEPS.items():
-            ours, theirs = (_of_form(table, name, column, digits) for name in (form, base))
-            if ours is None or theirs is None:
+            rows_of = [_of_form(table, name, column, digits) for name in (form, base)]
+            if None in rows_of:
                 continue
+            ours, theirs = (row[column] for row in rows_of)
+            told = all(row["seeds"] > 1 for row in rows_of)
             of = f", numbers of {digits} digits" if len(lengths) > 1 else ""
             who = "Lee et al. 2023" if form == "reversed" else "the survey, §1.5: chain of thought"
             rows.append(
@@ -249,14 +251,15 @@ def expectations(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "expected": f"{form} is earlier than {base} in {column.removeprefix('50 % at ')}{of}",
                     "by": who,
                     "found": f"{form} {ours}, {base} {theirs}",
-                    "held": _earlier(ours, theirs),
+                    "held": _earlier(ours, theirs) if told else "cannot be told",
                 }
             )
     return rows + _gradual(table) + _prompting(table)
 
 
-def _of_form(table: Sequence[Mapping[str, Any]], form: str, column: str, digits: int | None) -> Threshold | None:
-    """The threshold of a form's largest model with the most examples; None where there are several, of other rates."""
+def _of_form(table: Sequence[Mapping[str, Any]], form: str, column: str, digits: int | None) -> Mapping | None:
+    """The row of a form's largest model with the most examples that has a threshold in a column; None where there are
+    several, of other rates."""
     found = [
         row
         for row in table
@@ -264,7 +267,7 @@ def _of_form(table: Sequence[Mapping[str, Any]], form: str, column: str, digits:
     ]
     amounts = [tuple(row[amount] for amount in AMOUNTS) for row in found]
     largest = [row for row, amount in zip(found, amounts) if amount == max(amounts)]
-    return largest[0][column] if len(largest) == 1 else None
+    return largest[0] if len(largest) == 1 else None
 
 
 def _earlier(ours: Threshold, theirs: Threshold) -> str:

@@ -373,7 +373,8 @@ def _of_grid(found: list[dict], grid: Mapping[str, tuple[dict, ConfigDict]], pat
         kept += ours or runs
     if len(kept) < len(found):
         _say(f"{len(found) - len(kept)} of {len(found)} runs of {path} are not of this grid, and are left out")
-    return [run for run in found if any(run is one for one in kept)]
+    names = {run["run"] for run in kept}
+    return [run for run in found if run["run"] in names]
 
 
 def _plain(value: Any) -> Any:

@@ -245,6 +245,12 @@ def test_several_rates_and_one_seed_are_no_evidence():
     table = study.summarize(made(c, study, score))
     assert all(row["50 % at FLOPs"].state == "no interval" for row in table if row["form"] == "scratchpad")
     assert not any("earlier" in row["expected"] for row in study.expectations(table))
+    # Also where one form has it from the first and the other never.
+    c = config.get_config()
+    c.study.update(seeds=1, series=("examples",))
+    solved = lambda c: {**score(c), study.MATCH: float(c.data.source.form != "plain")}
+    rows = study.expectations(study.summarize(made(c, study, solved)))
+    assert {row["held"] for row in rows if "earlier" in row["expected"]} == {"cannot be told"}
     c = config.get_config("prompted")
     c.study.seeds = 1
     found = study.expectations(study.summarize(made(c, study, shown)))

@@ -66,6 +66,9 @@ def test_one_seed_gives_no_interval():
     y = Sigmoid(math.log(600), 2.0)(PLACES)
     for found in (threshold(PLACES, y), threshold(PLACES, y, groups=["a"] * len(y))):
         assert found.state == "no interval" and str(found) == "600 (no interval)" and math.isnan(found.low)
+    jump = (PLACES >= 800).astype(float)
+    for found in (threshold(PLACES, jump), threshold(PLACES, jump, groups=[0] * 7)):
+        assert found.state == "no interval" and 400 < found.value < 800
     # Nor where a single place has but one score.
     assert threshold([*PLACES, *PLACES[1:]], [*y, *y[1:]]).state == "no interval"
     assert threshold(PLACES, Sigmoid(math.log(60), 2.0)(PLACES) - 0.3).state == "below"

@@ -135,12 +135,6 @@ def threshold(
     if _flat(slope, places)[0]:
         return unknown
     value = float(back(middle + offset / slope)[0])
-    on_the_way = (means > 0.02) & (means < 0.98)
-    if not on_the_way.any():  # draws would be all alike
-        if not above[0] or means[-1] < level:
-            return unknown
-        low, high = back(places[above[0] - 1]), back(places[np.flatnonzero(means < level)[-1] + 1])
-        return Threshold(value, float(low), float(high), "between")
     drawn = _drawn(where, y, count, means, groups, bootstrap, np.random.default_rng(rng))
     if drawn is None:
         if value < first:
@@ -148,18 +142,25 @@ def threshold(
         if value > last:
             return Threshold(math.nan, last, math.inf, "not reached")
         return Threshold(value, math.nan, math.nan, "no interval")
+    on_the_way = (means > 0.02) & (means < 0.98)
+    if not on_the_way.any():  # draws would be all alike
+        if not above[0] or means[-1] < level:
+            return unknown
+        low, high = back(places[above[0] - 1]), back(places[np.flatnonzero(means < level)[-1] + 1])
+        return Threshold(value, float(low), float(high), "between")
     middles, slopes = _fit(places, count, drawn)
     values = middles + offset / slopes
     values = np.where(_flat(slopes, places) | (values > places[-1]), np.inf, values)
     values = np.where(values < places[0], -np.inf, values)
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail], method="inverted_cdf")
-    if math.isinf(low) and math.isinf(high) and low != high:
+    before, beyond = value < first or high == -math.inf, value > last or low == math.inf
+    if (low == -math.inf and (high == math.inf or beyond)) or (high == math.inf and before):
         return unknown
     low, high = (end if math.isinf(end) else float(back(end)) for end in (low, high))
-    if value < first or high == -math.inf:
+    if before:
         return Threshold(math.nan, -math.inf, max(high, first), "below")
-    if value > last or low == math.inf:
+    if beyond:
         return Threshold(math.nan, min(low, last), math.inf, "not reached")
     return Threshold(value, low, high, "found")
 

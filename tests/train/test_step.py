@@ -7,7 +7,11 @@ import numpy as np
 import optax
 import pytest
 
+from configs import contrastive
 from vfm import objectives
+from vfm.experiment import Experiment
+from vfm.layers.norm import BatchNorm
+from vfm.plan import abstract_batch
 from vfm.train.state import TrainState
 from vfm.train.step import make_train_step, with_frozen_blocks
 
@@ -83,3 +87,20 @@ def test_the_average_of_a_frozen_parameter_keeps_every_bit():
     after, _ = run(state.replace(params=params, ema=params))
     assert all(np.signbit(leaf).all() for leaf in jax.tree.leaves((after.params, after.ema)) if not leaf.any())
     assert np.signbit(after.ema["encoders_x"]["Dense_0"]["kernel"]).all()
+
+
+def test_the_encoders_of_a_model_are_those_that_are_frozen():
+    """By their names in VFM, and with the layers inside them."""
+    config = contrastive.get_config("smoke").copy_and_resolve_references()
+    config.model.encoders.image.norm = "batch"
+    config.optimizer.frozen = ("encoders_image/.*",)
+    experiment, called = Experiment(config), {}
+
+    def spy(method, args, kwargs, context):
+        if isinstance(context.module, BatchNorm):
+            called.setdefault(context.module.path[0], set()).add(kwargs["train"])
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(spy), experiment.use_mesh():
+        jax.eval_shape(experiment.train_step, experiment.abstract_state, abstract_batch(experiment))
+    assert called == {"encoders_image": {False}}
